@@ -1,0 +1,7 @@
+"""`python -m nest_rs`."""
+
+import sys
+
+from nest_rs.cli import main
+
+sys.exit(main())

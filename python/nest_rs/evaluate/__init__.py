@@ -1,0 +1,1 @@
+"""Ask a model, judge the answers, and give every rate with its number and interval."""

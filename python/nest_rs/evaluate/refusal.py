@@ -1,0 +1,71 @@
+"""Refusal rates of a model on suites of requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scipy.stats import binomtest
+
+from nest_rs.evaluate.generate import generate
+from nest_rs.evaluate.judge import is_refusal
+from nest_rs.evaluate.suites import Suite
+from nest_rs.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def rate(refused: int, n: int) -> dict[str, Any]:
+    """A rate with its Wilson 95 % interval; both None where nothing was judged."""
+    if n == 0:
+        return {"n": 0, "refused": 0, "rate": None, "ci95": None}
+    interval = binomtest(refused, n).proportion_ci(0.95, method="wilson")
+    return {
+        "n": n,
+        "refused": refused,
+        "rate": round(refused / n, 4),
+        "ci95": [round(interval.low, 4), round(interval.high, 4)],
+    }
+
+
+def evaluate_refusal(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suites: Sequence[Suite],
+    out: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    label: str = "judge",
+) -> dict[str, dict[str, Any]]:
+    """Answer all suites greedily and judge each answer by its start.
+
+    Writes `results.json` and `samples.jsonl` (every request, answer and verdict) under `out`.
+
+    Returns:
+        By suite: `n` (judged), `refused`, `rate`, `ci95`; a prompt longer than the context is not judged.
+    """
+    prompts = [prompt for suite in suites for prompt in suite.prompts]
+    answers = iter(
+        generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
+    )
+    results: dict[str, dict[str, Any]] = {}
+    samples = []
+    for suite in suites:
+        verdicts = []
+        for identity, prompt in zip(suite.ids, suite.prompts, strict=True):
+            answer = next(answers)
+            refused = None if answer is None else is_refusal(answer)
+            verdicts.append(refused)
+            samples.append(
+                {"suite": suite.name, "id": identity, "prompt": prompt, "answer": answer, "refused": refused}
+            )
+        judged = [verdict for verdict in verdicts if verdict is not None]
+        results[suite.name] = rate(sum(judged), len(judged))
+    with replacing(out / "samples.jsonl") as scratch:
+        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
+    write_json(out / "results.json", results)
+    return results

@@ -1,0 +1,65 @@
+"""What a run says of itself: the table at its end and the merged model's card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from nest_rs.models import Base
+from nest_rs.patch import NestPatch
+
+
+def percent(result: dict[str, Any]) -> str:
+    """A rate with its interval and number, as text."""
+    if result["rate"] is None:
+        return "-"
+    low, high = result["ci95"]
+    return f"{100 * result['rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] n={result['n']}"
+
+
+def before_after(summary: dict[str, Any]) -> Table:
+    """Refusal before and after, suite by suite."""
+    table = Table("suite", "refused: base", "refused: tuned", title="Refusal, start of answer, 95 % Wilson intervals")
+    found = summary["eval"]
+    for suite, base in found["base"].items():
+        table.add_row(suite, percent(base), percent(found["tuned"][suite]))
+    return table
+
+
+def facts(summary: dict[str, Any]) -> list[str]:
+    """The run in a few lines."""
+    share = 100 * summary["trainable_params"] / summary["total_params"]
+    lines = [
+        f"{summary['neurons']} neurons in {summary['clusters']} clusters over {summary['sites']} sites; "
+        f"{summary['trainable_params']:,} trainable of {summary['total_params']:,} parameters ({share:.3f} %)",
+    ]
+    if "export" in summary:
+        export = summary["export"]
+        lines.append(
+            f"ONNX {export['precision']}: {export['greedy_tokens_equal']} of {export['greedy_tokens']} greedy tokens equal "
+            f"to torch's, largest logit difference {export['max_abs_logit_diff']:.2g}"
+        )
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
+    lines.append(f"{times}; {sum(summary['seconds'].values()):.0f} s in all")
+    return lines
+
+
+def model_card(base: Base, patch: NestPatch) -> str:
+    """The merged folder's README.md."""
+    return f"""---
+base_model: {base.id}
+tags:
+- nest
+- safety
+library_name: transformers
+---
+# {base.id}, tuned to refuse with NeST
+
+{patch.neurons} feed-forward neurons (rows of {len(patch.tensors)} matrices) carry {patch.clusters} shared deltas,
+{patch.trainable_params:,} trained numbers in all, folded into the weights by nest-rs (method: arXiv 2602.16835). Every
+other weight is the base's, bit for bit. The base's licence applies.
+
+Refusal rates before and after stand in the run's `summary.json`. They measure how often an answer starts with a refusal,
+not whether the model is safe: judge it on your own prompts before you deploy it.
+"""

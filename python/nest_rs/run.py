@@ -1,0 +1,415 @@
+"""A run: the stages in order, each leaving its artefact on disk and able to start from the one before."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import random
+import shutil
+import time
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nest_rs.config import TuneConfig, build_config, read_yaml
+from nest_rs.errors import NestError
+from nest_rs.evaluate.refusal import evaluate_refusal
+from nest_rs.evaluate.suites import load_suites
+from nest_rs.evaluate.utility import measure_utility
+from nest_rs.export import check_parity, export_onnx, require_onnx
+from nest_rs.files import new_folder, read_json, write_json
+from nest_rs.fold import merge_folder
+from nest_rs.models import Base, load_model, load_tokenizer, pick_device, pick_dtype, resolve
+from nest_rs.neurons import load_neurons, save_neurons, select_and_cluster
+from nest_rs.numeric import ActivationStore, tensor_sha256
+from nest_rs.patch import NestPatch
+from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
+from nest_rs.progress import track
+from nest_rs.prompts import Prompt, encode, fitting, load_prompts, prompts_sha256, render
+from nest_rs.report import model_card
+from nest_rs.sites import find_sites
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+STAGES = ("probe", "cluster", "train", "merge", "eval", "export")
+_TOOLS = ("nest-rs", "torch", "transformers", "peft", "numpy")
+
+
+class Run:
+    """One run folder and the stages that fill it.
+
+    Attributes:
+        folder: `runs/<model>/<run>/`.
+        config: Its settings.
+    """
+
+    def __init__(self, folder: Path, config: TuneConfig) -> None:
+        self.folder = folder
+        self.config = config
+
+    @classmethod
+    def start(cls, config: TuneConfig) -> Run:
+        """Make the run folder, or take up an existing one with `resume`.
+
+        Raises:
+            NestError: the folder exists and `resume` is not set, or it holds another configuration.
+        """
+        base = resolve(config.model)
+        folder = config.out or Path("runs") / base.slug / f"{config.preset}-seed{config.seed}"
+        if config.resume and (folder / "config.yaml").is_file():
+            run = cls.open(folder)
+            before, now = (item.model_dump(exclude={"out", "resume"}) for item in (run.config, config))
+            changed = [key for key in now if now[key] != before[key]]
+            if changed:
+                raise NestError(
+                    f"the run `{folder}` was started with another `{changed[0]}` (`{before[changed[0]]}`)",
+                    mend="resume with the same settings, or start a new run with --out",
+                )
+            return run
+        with new_folder(folder) as scratch:
+            config.save(scratch / "config.yaml")
+            write_json(scratch / "env.json", environment())
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Run:
+        """An existing run, with some settings changed for the stages to come.
+
+        Raises:
+            NestError: there is no run in the folder.
+        """
+        if not (folder / "config.yaml").is_file():
+            raise NestError(f"no run in `{folder}`", mend="start one with nest-rs tune or nest-rs probe")
+        config = build_config(read_yaml(folder / "config.yaml"), overrides or {})
+        config.save(folder / "config.yaml")
+        return cls(folder, config)
+
+    # What the stages share, made when first used.
+
+    @cached_property
+    def base(self) -> Base:
+        """The base on disk."""
+        return resolve(self.config.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return load_tokenizer(self.base.folder)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base, frozen, in the compute dtype."""
+        return self._load(self.base.folder)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompt set."""
+        return load_prompts(self.config.prompts)
+
+    def _load(self, folder: Path) -> PreTrainedModel:
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        device = pick_device(self.config.device)
+        return load_model(folder, device=device, dtype=pick_dtype(self.config.dtype, device))
+
+    def _training_prompts(self, kinds: tuple[str, ...]) -> list[Prompt]:
+        return [item for item in self.prompts if item.split == "train" and item.kind in kinds]
+
+    # The stages.
+
+    def probe(self) -> dict[str, Any]:
+        """Read the activations of harmful and harmless requests, and fit one probe a site."""
+        sites = find_sites(self.model, self.config.projections)
+        harmful = self._training_prompts(("harmful",))
+        harmless = self._training_prompts(("benign", "twin"))
+        # Equal numbers, so that the probe's threshold is not the base rate.
+        rng = random.Random(self.config.seed)
+        size = min(len(harmful), len(harmless))
+        chosen = rng.sample(harmful, size) + rng.sample(harmless, size)
+        ids = encode(self.tokenizer, [render(self.tokenizer, item.prompt) for item in chosen])
+        kept = fitting(ids, [item.id for item in chosen], self._context())
+        order = sorted(kept, key=lambda index: len(ids[index]))
+        label = np.array([chosen[index].kind == "harmful" for index in order])
+        path = self.folder / "probe" / "activations.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        pad = self.tokenizer.pad_token_id
+        collect_activations(self.model, sites, [ids[index] for index in order], path, pad=pad)
+        coefs, accuracy = fit_probes(ActivationStore.open(path), label, c=self.config.c, threads=self.config.threads)
+        save_probes(coefs, path.with_name("probes.safetensors"))
+        write_json(path.with_name("prompts.json"), [[chosen[index].id, chosen[index].kind] for index in order])
+        write_json(path.with_name("accuracy.json"), accuracy)
+        return {"sites": len(sites), "prompts": len(order)}
+
+    def cluster(self) -> dict[str, Any]:
+        """Select the neurons that stand out and cluster them."""
+        config = self.config
+        folder = self.folder / "probe"
+        if not (folder / "activations.safetensors").is_file():
+            raise NestError(f"no activations in `{folder}`", mend="run the probe stage first")
+        store = ActivationStore.open(folder / "activations.safetensors")
+        harmful = np.array([kind == "harmful" for _, kind in read_json(folder / "prompts.json")])
+        neurons = select_and_cluster(
+            store,
+            load_probes(folder / "probes.safetensors", list(store.sites)),
+            harmful,
+            z=config.z,
+            positive=config.positive,
+            clustering=config.clustering,
+            k_max=config.k_max,
+            min_silhouette=config.min_silhouette,
+            standardize=config.standardize,
+            seed=config.seed,
+            threads=config.threads,
+        )
+        save_neurons(neurons, self.folder / "neurons.safetensors")
+        return {
+            "neurons": sum(len(site.rows) for site in neurons.values()),
+            "clusters": sum(site.clusters for site in neurons.values()),
+        }
+
+    def train(self) -> dict[str, Any]:
+        """Train the tied deltas and write the patch."""
+        import torch
+        from peft import get_peft_model
+
+        from nest_rs.targets import choose_benign, helpful_examples, own_answers, refusal_examples
+        from nest_rs.train import Steps, train_deltas
+        from nest_rs.tuner import NestConfig
+
+        config = self.config
+        neurons = load_neurons(self.folder / "neurons.safetensors")
+        room = self._context() - config.answer_tokens
+        harmful = refusal_examples(self.tokenizer, self._training_prompts(("harmful",)), room=room, seed=config.seed)
+        half = config.batch_size // 2
+        count = math.ceil(config.epochs * len(harmful) / half)
+        chosen = choose_benign(self._training_prompts(("benign", "twin")), count * half, config.twin_share, config.seed)
+        asked = [item for item in chosen if item.response is None]
+        answers = own_answers(
+            self.base,
+            self.model,
+            self.tokenizer,
+            asked,
+            max_new_tokens=config.answer_tokens,
+            batch_size=config.eval_batch_size,
+        )
+        given = dict(zip((item.id for item in asked), answers, strict=True))
+        benign = helpful_examples(
+            self.tokenizer,
+            chosen,
+            [given.get(item.id, item.response) for item in chosen],
+            room=room,
+            max_tokens=config.answer_tokens,
+        )
+        steps = Steps(
+            harmful,
+            benign,
+            batch_size=config.batch_size,
+            steps=count,
+            seed=config.seed,
+            pad=self.tokenizer.pad_token_id,
+        )
+        torch.manual_seed(config.seed)
+        model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
+        checkpoints = self.folder / "train"
+        with track("train", total=len(steps), unit="steps") as advance:
+            losses = train_deltas(
+                model,
+                self.tokenizer,
+                steps,
+                output_dir=str(checkpoints),
+                learning_rate=config.learning_rate,
+                benign_loss=config.benign_loss,
+                benign_weight=config.benign_weight,
+                seed=config.seed,
+                bf16=self.model.dtype == torch.float32 and pick_dtype("auto", self.model.device) == torch.bfloat16,
+                resume=config.resume and any(checkpoints.glob("checkpoint-*")),
+                progress=advance,
+            )
+        patch = NestPatch.from_model(model)
+        patch.manifest = self._manifest(patch)
+        patch.save(self.folder / "patch" / "nest_patch.safetensors")
+        self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
+        for entry in losses:
+            self._log("loss", entry)
+        return {"trainable_params": patch.trainable_params, "steps": len(steps), "loss": losses[-1]["loss"]}
+
+    def _manifest(self, patch: NestPatch) -> dict[str, Any]:
+        before: dict[str, str] = {}
+        for shard in sorted(self.base.folder.glob("*.safetensors")):
+            before |= {name: value for name, value in tensor_sha256(shard).items() if name in patch.tensors}
+        return {
+            "method": "nest",
+            "base": {"id": self.base.id, "revision": self.base.revision},
+            "sha256_before": before,
+            "prompts_sha256": prompts_sha256(self.prompts),
+            "settings": self.config.model_dump(mode="json", exclude={"model", "out", "resume", "prompts", "threads"}),
+            "tools": {name: version(name) for name in _TOOLS},
+        }
+
+    def merge(self) -> dict[str, Any]:
+        """Fold the patch into a copy of the base."""
+        patch = NestPatch.load(self.folder / "patch" / "nest_patch.safetensors")
+        report = merge_folder(
+            self.base, patch, self.folder / "merged", card=model_card(self.base, patch), overwrite=True
+        )
+        write_json(self.folder / "patch" / "nest_patch.json", {**patch.manifest, "folded": report})
+        changed = sum(entry["changed"] for entry in report.values())
+        return {"changed_elements": changed}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Judge the base and the merged model on the same suites."""
+        config = self.config
+        suites = load_suites(config.suite, config.limit)
+        merged = self.folder / "merged"
+        if not merged.is_dir():
+            raise NestError(f"no merged model in `{self.folder}`", mend="run the merge stage first")
+        found: dict[str, Any] = {}
+        for name in ("base", "tuned"):
+            model = self.model if name == "base" else self._load(merged)
+            found[name] = evaluate_refusal(
+                model,
+                self.tokenizer,
+                suites,
+                self.folder / "eval" / name,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.eval_batch_size,
+                label=f"judge {name}",
+            )
+            utility = {path.stem: measure_utility(model, self.tokenizer, path) for path in config.utility}
+            if utility:
+                write_json(self.folder / "eval" / name / "utility.json", utility)
+                found.setdefault("utility", {})[name] = utility
+        utility = found.pop("utility", None)
+        return {"eval": found, **({"utility": utility} if utility else {})}
+
+    def export(self) -> dict[str, Any]:
+        """Export the merged model to ONNX and compare it with torch."""
+        config = self.config
+        merged, out = self.folder / "merged", self.folder / "onnx"
+        if not merged.is_dir():
+            raise NestError(f"no merged model in `{self.folder}`", mend="run the merge stage first")
+        export_onnx(merged, out, precision=config.precision, overwrite=True)
+        held_out = [item.prompt for item in self.prompts if item.split != "train"] or [
+            item.prompt for item in self.prompts
+        ]
+        chosen = random.Random(config.seed).sample(held_out, min(config.parity_prompts, len(held_out)))
+        ids = encode(self.tokenizer, [render(self.tokenizer, prompt) for prompt in chosen])
+        parity = check_parity(merged, out, ids)
+        return {"export": {"path": str(out), "precision": config.precision, **parity}}
+
+    # Bookkeeping.
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """Run one stage, time it, and add its result to `summary.json`."""
+        log.info("%s ...", name)
+        self._log("start", {"stage": name})
+        started = time.perf_counter()
+        work: dict[str, Callable[[], dict[str, Any]]] = {
+            "probe": self.probe,
+            "cluster": self.cluster,
+            "train": self.train,
+            "merge": self.merge,
+            "eval": self.evaluate,
+            "export": self.export,
+        }
+        result = work[name]()
+        seconds = round(time.perf_counter() - started, 2)
+        summary = self.summary()
+        summary |= {
+            "model": self.config.model,
+            "method": "nest",
+            "preset": self.config.preset,
+            "seed": self.config.seed,
+            "total_params": self._total_params(),
+            **result,
+            "seconds": {**summary.get("seconds", {}), name: seconds},
+        }
+        write_json(self.folder / "summary.json", summary)
+        self._log("end", {"stage": name, "seconds": seconds})
+        log.info("%s done in %.1f s", name, seconds)
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json` as it stands; empty before the first stage."""
+        path = self.folder / "summary.json"
+        summary: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return summary
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage has ended."""
+        return stage in self.summary().get("seconds", {})
+
+    def _total_params(self) -> int:
+        known = self.summary().get("total_params")
+        return int(known) if known else self.model.num_parameters()
+
+    def _context(self) -> int:
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def _log(self, event: str, values: dict[str, Any]) -> None:
+        with (self.folder / "run.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with."""
+    import os
+
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.cpu.get_capabilities().get("architecture", platform.machine()),
+        "cores": os.cpu_count(),
+        "accelerator": str(accelerator) if accelerator else None,
+        "packages": {name: version(name) for name in _TOOLS},
+    }
+
+
+def tune(model: str | None = None, **settings: Any) -> dict[str, Any]:
+    """Run all stages: find the neurons, train, fold, judge and export.
+
+    Args:
+        model: A base (see `nest_rs.models.resolve`); the built-in default without it.
+        settings: Fields of `TuneConfig`.
+
+    Returns:
+        The run's `summary.json`, with `run`, the folder.
+
+    Raises:
+        NestError: bad settings or input; one line that says which.
+    """
+    config = build_config({**({"model": model} if model else {}), **settings})
+    return run_all(config)
+
+
+def run_all(config: TuneConfig) -> dict[str, Any]:
+    """All stages of a configuration; with `resume`, those not yet done."""
+    if config.export:
+        require_onnx()
+    load_suites(config.suite, config.limit)  # a wrong name should fail now, not after training
+    load_prompts(config.prompts)
+    run = Run.start(config)
+    for name in STAGES:
+        if (name == "export" and not config.export) or (config.resume and run.finished(name)):
+            continue
+        run.stage(name)
+    return {"run": str(run.folder), **run.summary()}

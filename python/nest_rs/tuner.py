@@ -1,0 +1,180 @@
+"""The PEFT tuner: one trainable delta a cluster of neurons, everything else frozen (paper section 3.5).
+
+For a projection W [d_out, d_in] with selected rows i and their clusters c(i), the tuned projection is
+W'[i, :] = W[i, :] + U[c(i), :], U [k, d_in] zero at the start. Importing this module teaches PEFT the type "NEST".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nest_rs.neurons import SiteNeurons
+
+NEST = "NEST"
+
+
+@dataclass
+class NestConfig(PeftConfig):  # type: ignore[misc]  # peft ships no type marker
+    """Which neurons move, and which of them move together.
+
+    Attributes:
+        neurons: For each module path, `rows` (distinct row numbers of its weight) and `cluster` (as long as `rows`;
+            the cluster of each row, from 0, none empty).
+        target_modules: Filled from `neurons`.
+
+    Raises:
+        ValueError: rows and clusters do not match, repeat, or leave a cluster empty.
+    """
+
+    neurons: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NEST
+        for module, chosen in self.neurons.items():
+            rows, cluster = chosen["rows"], chosen["cluster"]
+            if len(rows) != len(cluster) or not rows:
+                raise ValueError(f"`{module}` has {len(rows)} rows and {len(cluster)} clusters; give one cluster a row")
+            if len(set(rows)) != len(rows) or min(rows) < 0:
+                raise ValueError(f"the rows of `{module}` must be distinct and not negative")
+            if set(cluster) != set(range(max(cluster) + 1)):
+                raise ValueError(f"the clusters of `{module}` must be numbered from 0 without a gap")
+        self.target_modules = list(self.neurons)
+
+    @classmethod
+    def from_neurons(cls, neurons: Mapping[str, SiteNeurons], **kwargs: Any) -> NestConfig:
+        """Build a config from selected and clustered neurons, keyed by module path."""
+        chosen = {
+            module: {"rows": site.rows.tolist(), "cluster": site.cluster.tolist()} for module, site in neurons.items()
+        }
+        return cls(neurons=chosen, **kwargs)
+
+
+class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer some of whose output rows carry a shared trainable delta."""
+
+    adapter_layer_names = ("nest_delta",)
+    other_param_names = ("nest_rows", "nest_cluster")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, rows: list[int], cluster: list[int], **_: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.nest_delta = nn.ParameterDict({})
+        self.nest_rows = BufferDict({}, persistent=False)
+        self.nest_cluster = BufferDict({}, persistent=False)
+        self.merged_adapters: list[str] = []
+        self._original_rows: dict[str, torch.Tensor] = {}
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, rows, cluster)
+
+    def update_layer(
+        self, adapter_name: str, rows: list[int], cluster: list[int], inference_mode: bool = False
+    ) -> None:
+        """Add an adapter: k zero deltas for the given rows."""
+        base = self.get_base_layer()
+        if max(rows) >= base.out_features:
+            raise ValueError(f"row `{max(rows)}` is out of range for a layer of {base.out_features} rows")
+        self.nest_delta[adapter_name] = nn.Parameter(torch.zeros(max(cluster) + 1, base.in_features))
+        self.nest_rows[adapter_name] = torch.tensor(rows, dtype=torch.long)
+        self.nest_cluster[adapter_name] = torch.tensor(cluster, dtype=torch.long)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., d_in] -> [..., d_out]; only the moved outputs are touched, in place, by a k-wide product."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter in self.active_adapters:
+            if adapter not in self.nest_delta:
+                continue
+            delta = self.nest_delta[adapter]
+            moved = functional.linear(self._cast_input_dtype(x, delta.dtype), delta)
+            shared = moved.to(result.dtype).index_select(-1, self.nest_cluster[adapter])
+            result.index_add_(-1, self.nest_rows[adapter], shared)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The dense change of the weight, [d_out, d_in] float32; zero but for the adapter's rows."""
+        weight = self.get_base_layer().weight
+        dense = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        dense[self.nest_rows[adapter]] = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
+        return dense
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the deltas into the weight: added in float32, rounded once to the weight's dtype."""
+        for adapter in check_adapters_to_merge(self, adapter_names) or []:
+            if adapter not in self.nest_delta:
+                continue
+            weight = self.get_base_layer().weight
+            rows = self.nest_rows[adapter]
+            original = weight.data[rows].clone()
+            delta = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
+            folded = (original.float() + delta).to(weight.dtype)
+            if safe_merge and not torch.isfinite(folded).all():
+                raise ValueError(f"merging the adapter `{adapter}` would write values that are not finite")
+            weight.data[rows] = folded
+            # Subtracting would not give back the bits (rounding), so the rows themselves are kept.
+            self._original_rows[adapter] = original
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Put the original rows back, bit for bit."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            self.get_base_layer().weight.data[self.nest_rows[adapter]] = self._original_rows.pop(adapter)
+
+    def __repr__(self) -> str:
+        return f"nest.{super().__repr__()}"
+
+
+class NestModel(BaseTuner):  # type: ignore[misc]
+    """Puts a `NestLinear` around each projection that a `NestConfig` names."""
+
+    prefix = "nest_"
+    tuner_layer_cls = NestLinear
+    # Names are full module paths, so no per-architecture guess is needed.
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: NestConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        chosen = peft_config.neurons[current_key]
+        if isinstance(target, NestLinear):
+            target.update_layer(adapter_name, **chosen, inference_mode=peft_config.inference_mode)
+            return
+        if not isinstance(target, nn.Linear):
+            raise TypeError(f"`{current_key}` is a `{type(target).__name__}`; NEST moves rows of linear layers only")
+        layer = NestLinear(target, adapter_name, **chosen)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+# peft's PeftType is a closed enum, so register_peft_method refuses a new name; its three tables take it.
+PEFT_TYPE_TO_CONFIG_MAPPING[NEST] = NestConfig
+PEFT_TYPE_TO_TUNER_MAPPING[NEST] = NestModel
+PEFT_TYPE_TO_PREFIX_MAPPING[NEST] = NestModel.prefix

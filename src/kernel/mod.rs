@@ -1,0 +1,25 @@
+//! The innermost loops, and the only `unsafe` of the crate.
+//!
+//! - [`isa`]: which instruction set runs, found at run time, pinned by `NEST_RS_ISA`.
+//! - [`micro`]: the register-blocked f32 micro-kernels, one for each instruction set.
+//! - [`tile`]: packing, and tiles of products or squared differences between rows and columns.
+//! - [`vector`]: loops over one row, compiled once for each instruction set.
+//! - [`map`]: the read-only memory map.
+//!
+//! # What fixes the bits
+//! An output of a tile is a sum over blocks of [`tile::DEPTH`] coordinates, added in order; inside a
+//! block it is one chain of fused multiply-adds in coordinate order, whatever the instruction set,
+//! the register block or the thread that computes it. The loops of [`vector`] use no fused
+//! multiply-add, and where they sum they use a fixed number of lanes combined in a fixed order.
+
+#![allow(unsafe_code)]
+
+mod isa;
+pub(crate) mod map;
+mod micro;
+mod tile;
+pub(crate) mod vector;
+
+pub(crate) use isa::check_isa;
+pub use isa::{Isa, active_isa};
+pub(crate) use tile::{BLOCK, Form, Packed, Rows, Scratch, tile};

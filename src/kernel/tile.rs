@@ -1,0 +1,230 @@
+//! Tiles of dot products or squared distances between a block of rows and packed columns.
+
+use std::ops::Range;
+
+use super::isa::active_isa;
+use super::micro::{Kernels, kernels};
+
+/// Coordinates a block: the length of one chain of fused multiply-adds. Part of the bits.
+pub(super) const DEPTH: usize = 256;
+/// Distance between the rows of a converted block; not a multiple of 4 KiB, or they would share
+/// cache sets.
+pub(super) const STRIDE: usize = DEPTH + 16;
+/// Rows a block: a multiple of every register block.
+pub(crate) const BLOCK: usize = 96;
+
+/// Rows of coordinates, converted on the fly.
+pub(crate) trait Rows: Sync {
+    /// The number of rows.
+    fn rows(&self) -> usize;
+    /// The number of coordinates.
+    fn dim(&self) -> usize;
+    /// Reads `out.len()` coordinates of a row from `start` on.
+    fn read(&self, row: usize, start: usize, out: &mut [f32]);
+}
+
+/// A row-major f32 slice as rows.
+impl Rows for (&[f32], usize) {
+    fn rows(&self) -> usize {
+        self.0.len() / self.1
+    }
+
+    fn dim(&self) -> usize {
+        self.1
+    }
+
+    fn read(&self, row: usize, start: usize, out: &mut [f32]) {
+        let from = row * self.1 + start;
+        out.copy_from_slice(&self.0[from..from + out.len()]);
+    }
+}
+
+/// What a tile holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Sum of products.
+    Dot,
+    /// Sum of squared differences: twice the work of a product, and exact where points are close.
+    SquaredDistance,
+}
+
+/// Columns (centroids, candidates, the other rows of a tile) packed for the micro-kernel: blocks of
+/// [`DEPTH`] coordinates, in each block panels of one or two vectors of columns, coordinate by
+/// coordinate.
+#[derive(Default)]
+pub(crate) struct Packed {
+    panels: Vec<f32>,
+    columns: usize,
+    dim: usize,
+    width: usize,
+    row: Vec<f32>,
+}
+
+impl Packed {
+    /// Packs `rows[range]` as columns.
+    pub fn new(rows: &impl Rows, range: Range<usize>) -> Self {
+        let mut packed = Packed::default();
+        packed.refill(rows, range);
+        packed
+    }
+
+    /// The same, reusing the memory.
+    pub fn refill(&mut self, rows: &impl Rows, range: Range<usize>) {
+        let lanes = kernels(active_isa()).lanes;
+        self.columns = range.len();
+        self.dim = rows.dim();
+        self.width = if self.columns > lanes {
+            2 * lanes
+        } else {
+            lanes
+        };
+        let padded = self.padded();
+        self.panels.clear();
+        self.panels.resize(padded * self.dim, 0.0);
+        self.row.resize(self.dim, 0.0);
+        for (c, i) in range.enumerate() {
+            rows.read(i, 0, &mut self.row);
+            let (panel, lane) = (c / self.width, c % self.width);
+            for (start, depth) in blocks(self.dim) {
+                let at = start * padded + panel * depth * self.width + lane;
+                let block = &mut self.panels[at..];
+                for (slot, &v) in block
+                    .iter_mut()
+                    .step_by(self.width)
+                    .zip(&self.row[start..start + depth])
+                {
+                    *slot = v;
+                }
+            }
+        }
+    }
+
+    /// The number of columns, rounded up to whole panels: the stride of a tile.
+    pub fn padded(&self) -> usize {
+        self.columns.next_multiple_of(self.width)
+    }
+}
+
+fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..dim)
+        .step_by(DEPTH)
+        .map(move |start| (start, DEPTH.min(dim - start)))
+}
+
+/// Memory of one worker: 104 KB and one tile.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    points: Vec<f32>,
+    tile: Vec<f32>,
+}
+
+/// Computes `form(rows[i], columns[j])` for a block of at most [`BLOCK`] rows.
+///
+/// Returns the tile, row-major with stride `columns.padded()`; what lies beyond `range.len()` rows or
+/// the packed columns has no meaning.
+pub(crate) fn tile<'s>(
+    form: Form,
+    rows: &impl Rows,
+    range: Range<usize>,
+    columns: &Packed,
+    scratch: &'s mut Scratch,
+) -> &'s mut [f32] {
+    let kernels: &Kernels = kernels(active_isa());
+    assert!(range.len() <= BLOCK && BLOCK.is_multiple_of(kernels.rows));
+    assert!(rows.dim() == columns.dim && columns.width.is_multiple_of(kernels.lanes));
+    let (stride, width, dim) = (columns.padded(), columns.width, columns.dim);
+    assert_eq!(columns.panels.len(), stride * dim);
+    let used = range.len().next_multiple_of(kernels.rows);
+    scratch.points.resize(BLOCK * STRIDE, 0.0);
+    if scratch.tile.len() < used * stride {
+        scratch.tile.resize(used * stride, 0.0);
+    }
+    let micro = match form {
+        Form::Dot => kernels.dot,
+        Form::SquaredDistance => kernels.square,
+    }[width / kernels.lanes - 1];
+
+    for (start, depth) in blocks(dim) {
+        for (i, point) in range.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
+            rows.read(i, start, &mut point[..depth]);
+        }
+        let block = &columns.panels[start * stride..(start + depth) * stride];
+        for (j, panel) in block.chunks_exact(depth * width).enumerate() {
+            for i in (0..used).step_by(kernels.rows) {
+                // SAFETY: `points` has BLOCK rows of STRIDE >= depth values and i + kernels.rows <=
+                // used <= BLOCK; `panel` has depth * width values; the tile has `used` rows of
+                // `stride` >= (j + 1) * width values; and `active_isa` is available.
+                unsafe {
+                    micro(
+                        scratch.points.as_ptr().add(i * STRIDE),
+                        panel.as_ptr(),
+                        depth,
+                        scratch.tile.as_mut_ptr().add(i * stride + j * width),
+                        stride,
+                        start == 0,
+                    );
+                }
+            }
+        }
+    }
+    &mut scratch.tile[..range.len() * stride]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        (0..n)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    /// What the documentation promises of the bits.
+    fn chain(form: Form, x: &[f32], y: &[f32]) -> f32 {
+        let mut total: Option<f32> = None;
+        for (a, b) in x.chunks(DEPTH).zip(y.chunks(DEPTH)) {
+            let sum = a.iter().zip(b).fold(0.0f32, |sum, (&a, &b)| match form {
+                Form::Dot => a.mul_add(b, sum),
+                Form::SquaredDistance => (a - b).mul_add(a - b, sum),
+            });
+            total = Some(total.map_or(sum, |t| t + sum));
+        }
+        total.unwrap_or(0.0)
+    }
+
+    #[test]
+    fn tiles_are_the_promised_chains_to_the_bit() {
+        for form in [Form::Dot, Form::SquaredDistance] {
+            for (m, n, d) in [
+                (1, 1, 1),
+                (7, 3, 5),
+                (13, 40, 300),
+                (96, 65, 513),
+                (30, 16, 256),
+            ] {
+                let (x, y) = (noise(m * d, 1), noise(n * d, 2));
+                let packed = Packed::new(&(&y[..], d), 0..n);
+                let mut scratch = Scratch::default();
+                let out = tile(form, &(&x[..], d), 0..m, &packed, &mut scratch);
+                for i in 0..m {
+                    for j in 0..n {
+                        let want = chain(form, &x[i * d..(i + 1) * d], &y[j * d..(j + 1) * d]);
+                        let got = out[i * packed.padded() + j];
+                        assert_eq!(
+                            got.to_bits(),
+                            want.to_bits(),
+                            "{form:?} {m} {n} {d} {i} {j}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! Loops over one row, compiled once for each instruction set.
+//!
+//! The same Rust body runs everywhere: rustc neither fuses nor reorders floating-point operations,
+//! so wider registers change the speed and not one bit. Sums run in a fixed number of lanes.
+
+use half::bf16;
+
+#[cfg(target_arch = "x86_64")]
+use super::isa::{Isa, active_isa};
+
+/// Lanes of a sum: part of the bits.
+const LANES: usize = 32;
+
+macro_rules! multiversion {
+    ($($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
+        $(#[$doc])*
+        pub(crate) fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+
+                match active_isa() {
+                    // SAFETY: `active_isa` returns only what this processor has.
+                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    _ => {}
+                }
+            }
+            body($($arg),*)
+        }
+    )*};
+}
+
+/// Adds up the lanes pairwise.
+#[inline(always)]
+fn combine(mut lanes: [f64; LANES]) -> f64 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+multiversion! {
+    /// Converts bfloat16; exact.
+    pub fn widen_bf16(x: &[bf16], out: &mut [f32]) {
+        for (o, v) in out.iter_mut().zip(x) {
+            *o = f32::from_bits(u32::from(v.to_bits()) << 16);
+        }
+    }
+
+    /// The largest magnitude's bits; at or above those of infinity if an element is not finite.
+    pub fn max_abs_bits(x: &[f32]) -> u32 {
+        x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))
+    }
+
+    /// The same for the bits of f16 or bf16.
+    pub fn max_abs_half_bits(x: &[u16]) -> u16 {
+        x.iter().fold(0, |m, v| m.max(v & 0x7fff))
+    }
+
+    /// `x = x * scale - mean`.
+    pub fn shift(x: &mut [f32], scale: f32, mean: &[f32]) {
+        for (v, m) in x.iter_mut().zip(mean) {
+            *v = *v * scale - m;
+        }
+    }
+
+    /// `x = x * factor`, in f64.
+    pub fn rescale(x: &mut [f32], factor: f64) {
+        for v in x {
+            *v = (f64::from(*v) * factor) as f32;
+        }
+    }
+
+    /// `sum += x`.
+    pub fn add(sum: &mut [f64], x: &[f32]) {
+        for (s, &v) in sum.iter_mut().zip(x) {
+            *s += f64::from(v);
+        }
+    }
+
+    /// `sum += factor * x`.
+    pub fn add_scaled(sum: &mut [f64], factor: f64, x: &[f32]) {
+        for (s, &v) in sum.iter_mut().zip(x) {
+            *s += factor * f64::from(v);
+        }
+    }
+
+    /// `sum += factor * (x - mean)^2`.
+    pub fn add_scaled_squares(sum: &mut [f64], factor: f64, x: &[f32], mean: &[f64]) {
+        for ((s, &v), m) in sum.iter_mut().zip(x).zip(mean) {
+            let v = f64::from(v) - m;
+            *s += factor * (v * v);
+        }
+    }
+
+    /// `sum += sqrt(x)`, the root in f32.
+    pub fn add_roots(sum: &mut [f64], x: &[f32]) {
+        for (s, &v) in sum.iter_mut().zip(x) {
+            *s += f64::from(v.sqrt());
+        }
+    }
+
+    /// `sum += x - base`; returns the squared norm of the difference.
+    pub fn add_shifted(sum: &mut [f64], x: &[f32], base: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let n = x.len();
+        let (sum, base) = (&mut sum[..n], &base[..n]);
+        for start in (0..n).step_by(LANES) {
+            for l in 0..LANES.min(n - start) {
+                let i = start + l;
+                let v = f64::from(x[i]) - f64::from(base[i]);
+                sum[i] += v;
+                lanes[l] += v * v;
+            }
+        }
+        combine(lanes)
+    }
+
+    /// `x . w`.
+    pub fn dot(x: &[f32], w: &[f64]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let (mut xs, mut ws) = (x.chunks_exact(LANES), w.chunks_exact(LANES));
+        for (a, b) in (&mut xs).zip(&mut ws) {
+            for l in 0..LANES {
+                lanes[l] += f64::from(a[l]) * b[l];
+            }
+        }
+        for (l, (&a, &b)) in xs.remainder().iter().zip(ws.remainder()).enumerate() {
+            lanes[l] += f64::from(a) * b;
+        }
+        combine(lanes)
+    }
+
+    /// `x . w` in f64.
+    pub fn dot_f64(x: &[f64], w: &[f64]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let (mut xs, mut ws) = (x.chunks_exact(LANES), w.chunks_exact(LANES));
+        for (a, b) in (&mut xs).zip(&mut ws) {
+            for l in 0..LANES {
+                lanes[l] += a[l] * b[l];
+            }
+        }
+        for (l, (&a, &b)) in xs.remainder().iter().zip(ws.remainder()).enumerate() {
+            lanes[l] += a * b;
+        }
+        combine(lanes)
+    }
+
+    /// `x . x`.
+    pub fn square_norm(x: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let mut xs = x.chunks_exact(LANES);
+        for a in &mut xs {
+            for l in 0..LANES {
+                lanes[l] += f64::from(a[l]) * f64::from(a[l]);
+            }
+        }
+        for (l, &a) in xs.remainder().iter().enumerate() {
+            lanes[l] += f64::from(a) * f64::from(a);
+        }
+        combine(lanes)
+    }
+
+    /// `|x - y|^2`, the difference rounded to f32, the rest in f64.
+    pub fn square_distance(x: &[f32], y: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+        for (a, b) in (&mut xs).zip(&mut ys) {
+            for l in 0..LANES {
+                let v = f64::from(a[l] - b[l]);
+                lanes[l] += v * v;
+            }
+        }
+        for (l, (&a, &b)) in xs.remainder().iter().zip(ys.remainder()).enumerate() {
+            let v = f64::from(a - b);
+            lanes[l] += v * v;
+        }
+        combine(lanes)
+    }
+
+    /// The column with the smallest `bias - product`, the first of equals.
+    pub fn arg_min(bias: &[f32], products: &[f32]) -> u32 {
+        const WIDTH: usize = 16;
+        let mut best = [f32::INFINITY; WIDTH];
+        let mut at = [u32::MAX; WIDTH];
+        let n = bias.len();
+        let products = &products[..n];
+        let mut start = 0;
+        while start + WIDTH <= n {
+            for l in 0..WIDTH {
+                let score = bias[start + l] - products[start + l];
+                let better = score < best[l];
+                best[l] = if better { score } else { best[l] };
+                at[l] = if better { (start + l) as u32 } else { at[l] };
+            }
+            start += WIDTH;
+        }
+        for l in 0..n - start {
+            let score = bias[start + l] - products[start + l];
+            if score < best[l] {
+                best[l] = score;
+                at[l] = (start + l) as u32;
+            }
+        }
+        let mut winner = 0;
+        for l in 1..WIDTH {
+            if best[l] < best[winner] || (best[l] == best[winner] && at[l] < at[winner]) {
+                winner = l;
+            }
+        }
+        // A score that overflowed to infinity or NaN never wins; column 0 stands in.
+        if at[winner] == u32::MAX { 0 } else { at[winner] }
+    }
+
+    /// One step of Welford's update of means and sums of squared deviations.
+    pub fn welford(mean: &mut [f64], m2: &mut [f64], x: &[f32], inverse_count: f64) {
+        for ((m, s), &v) in mean.iter_mut().zip(m2).zip(x) {
+            let v = f64::from(v);
+            let before = v - *m;
+            *m += before * inverse_count;
+            *s += before * (v - *m);
+        }
+    }
+
+    /// `key = max(key, order(x))` and `widest = max(widest, |x|)` on the bits of f16 or bf16, where
+    /// `order` maps them to integers of the same order.
+    pub fn max_half(key: &mut [i16], x: &[u16], widest: u16) -> u16 {
+        let mut widest = widest;
+        for (k, &v) in key.iter_mut().zip(x) {
+            widest = widest.max(v & 0x7fff);
+            let v = v as i16;
+            *k = (*k).max(v ^ ((v >> 15) & 0x7fff));
+        }
+        widest
+    }
+
+    /// The same for the bits of f32.
+    pub fn max_single(key: &mut [i32], x: &[u32], widest: u32) -> u32 {
+        let mut widest = widest;
+        for (k, &v) in key.iter_mut().zip(x) {
+            widest = widest.max(v & 0x7fff_ffff);
+            let v = v as i32;
+            *k = (*k).max(v ^ ((v >> 31) & 0x7fff_ffff));
+        }
+        widest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_use_every_element() {
+        for n in [0, 1, 31, 32, 33, 100] {
+            let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let w: Vec<f64> = (0..n).map(|i| 2.0 * i as f64).collect();
+            let squares = (0..n).map(|i| (i * i) as f64).sum::<f64>();
+            assert_eq!(square_norm(&x), squares);
+            assert_eq!(dot(&x, &w), 2.0 * squares);
+            assert_eq!(dot_f64(&w, &w), 4.0 * squares);
+            assert_eq!(square_distance(&x, &vec![0.0; n]), squares);
+            let mut sum = vec![0.0; n];
+            assert_eq!(add_shifted(&mut sum, &x, &vec![0.0; n]), squares);
+            assert!(sum.iter().zip(&x).all(|(s, &v)| *s == f64::from(v)));
+        }
+    }
+
+    #[test]
+    fn the_first_of_equal_columns_wins() {
+        for n in [1, 5, 16, 17, 50] {
+            for winner in 0..n {
+                let mut products = vec![0.0; n];
+                products[winner] = 1.0;
+                products[n - 1] = 1.0;
+                assert_eq!(arg_min(&vec![0.5; n], &products), winner as u32);
+            }
+        }
+    }
+
+    #[test]
+    fn order_keys_sort_like_floats() {
+        let mut key = [i16::MIN];
+        let mut best = f32::NEG_INFINITY;
+        for v in [-3.0f32, -5.0, -0.5, 0.25, -1.0, 7.0, 2.0] {
+            max_half(&mut key, &[bf16::from_f32(v).to_bits()], 0);
+            best = best.max(v);
+            let k = key[0];
+            let bits = (k ^ ((k >> 15) & 0x7fff)) as u16;
+            assert_eq!(bf16::from_bits(bits).to_f32(), best);
+        }
+    }
+}
