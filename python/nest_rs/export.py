@@ -1,7 +1,7 @@
 """Export a merged folder to ONNX Runtime, and hold it against torch on real prompts.
 
-The export is onnxruntime-genai's own model builder, run as a subprocess: what it writes, ONNX Runtime, onnxruntime-genai
-and optimum load as it is.
+The export is onnxruntime-genai's own model builder, run as a subprocess: what it writes, ONNX Runtime,
+onnxruntime-genai and optimum load as it is.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _copy_configs(folder: Path, out: Path) -> None:
 def check_parity(folder: Path, onnx: Path, ids: Sequence[list[int]], *, new_tokens: int = 32) -> dict[str, int | float]:
     """Decode prompts greedily with ONNX Runtime, and score the same tokens with torch in float32.
 
-    Each of ONNX Runtime's tokens is compared with torch's best token at that place, given the same tokens before it: all
-    equal means that both write the same text.
+    Each of ONNX Runtime's tokens is compared with torch's best token at that place, given the same tokens before it:
+    all equal means that both write the same text.
 
     Args:
         folder: The checkpoint the export was made from.

@@ -37,7 +37,7 @@ def merge_folder(base: Base, patch: NestPatch, out: Path, *, card: str, overwrit
         NestError: the base lacks a tensor of the patch, or its shape does not fit.
     """
     shards = sorted(base.folder.glob("*.safetensors"))
-    home = {}
+    home: dict[str, Path] = {}
     for shard in shards:
         with safe_open(shard, framework="numpy") as file:
             home |= dict.fromkeys(file.keys(), shard)

@@ -128,12 +128,12 @@ def _check(arrays: Mapping[str, NDArray[Any]], path: Path | str) -> dict[str, Ro
             raise NestError(f"the patch `{path}` lacks the array `{error.args[0]}`") from error
         rows, cluster, delta = change.rows, change.cluster, change.delta
         right = (
-            (rows.dtype, cluster.dtype, delta.dtype) == (np.int32, np.int16, np.float32)
+            [str(array.dtype) for array in (rows, cluster, delta)] == ["int32", "int16", "float32"]
             and (rows.ndim, cluster.ndim, delta.ndim) == (1, 1, 2)
             and len(rows) == len(cluster) > 0
             and rows[0] >= 0
             and bool((np.diff(rows) > 0).all())
-            and 0 <= cluster.min()
+            and cluster.min() >= 0
             and cluster.max() < len(delta)
             and bool(np.isfinite(delta).all())
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
     from nest_rs.sites import Site
 
-_STORE_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_STORE_DTYPES: dict[torch.dtype, Literal["f32", "f16", "bf16"]] = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
 
 
 def max_pool(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

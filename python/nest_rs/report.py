@@ -37,8 +37,8 @@ def facts(summary: dict[str, Any]) -> list[str]:
     if "export" in summary:
         export = summary["export"]
         lines.append(
-            f"ONNX {export['precision']}: {export['greedy_tokens_equal']} of {export['greedy_tokens']} greedy tokens equal "
-            f"to torch's, largest logit difference {export['max_abs_logit_diff']:.2g}"
+            f"ONNX {export['precision']}: {export['greedy_tokens_equal']} of {export['greedy_tokens']} greedy tokens "
+            f"equal to torch's, largest logit difference {export['max_abs_logit_diff']:.2g}"
         )
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     lines.append(f"{times}; {sum(summary['seconds'].values()):.0f} s in all")
@@ -60,6 +60,6 @@ library_name: transformers
 {patch.trainable_params:,} trained numbers in all, folded into the weights by nest-rs (method: arXiv 2602.16835). Every
 other weight is the base's, bit for bit. The base's licence applies.
 
-Refusal rates before and after stand in the run's `summary.json`. They measure how often an answer starts with a refusal,
-not whether the model is safe: judge it on your own prompts before you deploy it.
+Refusal rates before and after stand in the run's `summary.json`. They measure how often an answer starts with a
+refusal, not whether the model is safe: judge it on your own prompts before you deploy it.
 """

@@ -7,7 +7,7 @@ W'[i, :] = W[i, :] + U[c(i), :], U [k, d_in] zero at the start. Importing this m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from nest_rs.neurons import SiteNeurons
 
@@ -66,6 +66,16 @@ class NestConfig(PeftConfig):  # type: ignore[misc]  # peft ships no type marker
 class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer some of whose output rows carry a shared trainable delta."""
 
+    if TYPE_CHECKING:  # peft carries no types
+        active_adapters: list[str]
+        merged_adapters: list[str]
+        nest_rows: Any
+        nest_cluster: Any
+        get_base_layer: Callable[[], nn.Linear]
+        set_adapter: Callable[..., None]
+        _move_adapter_to_device_of_base_layer: Callable[[str], None]
+        _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+
     adapter_layer_names = ("nest_delta",)
     other_param_names = ("nest_rows", "nest_cluster")
 
@@ -75,17 +85,22 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.nest_delta = nn.ParameterDict({})
         self.nest_rows = BufferDict({}, persistent=False)
         self.nest_cluster = BufferDict({}, persistent=False)
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self._original_rows: dict[str, torch.Tensor] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, rows, cluster)
 
+    @property
+    def _weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self.get_base_layer().weight
+        return weight
+
     def update_layer(
         self, adapter_name: str, rows: list[int], cluster: list[int], inference_mode: bool = False
     ) -> None:
         """Add an adapter: k zero deltas for the given rows."""
-        base = self.get_base_layer()
+        base: nn.Linear = self.get_base_layer()
         if max(rows) >= base.out_features:
             raise ValueError(f"row `{max(rows)}` is out of range for a layer of {base.out_features} rows")
         self.nest_delta[adapter_name] = nn.Parameter(torch.zeros(max(cluster) + 1, base.in_features))
@@ -112,7 +127,7 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense change of the weight, [d_out, d_in] float32; zero but for the adapter's rows."""
-        weight = self.get_base_layer().weight
+        weight = self._weight
         dense = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         dense[self.nest_rows[adapter]] = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
         return dense
@@ -122,7 +137,7 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.nest_delta:
                 continue
-            weight = self.get_base_layer().weight
+            weight = self._weight
             rows = self.nest_rows[adapter]
             original = weight.data[rows].clone()
             delta = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
@@ -138,7 +153,7 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Put the original rows back, bit for bit."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            self.get_base_layer().weight.data[self.nest_rows[adapter]] = self._original_rows.pop(adapter)
+            self._weight.data[self.nest_rows[adapter]] = self._original_rows.pop(adapter)
 
     def __repr__(self) -> str:
         return f"nest.{super().__repr__()}"
@@ -150,7 +165,7 @@ class NestModel(BaseTuner):  # type: ignore[misc]
     prefix = "nest_"
     tuner_layer_cls = NestLinear
     # Names are full module paths, so no per-architecture guess is needed.
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _create_and_replace(
         self,

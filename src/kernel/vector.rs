@@ -116,14 +116,12 @@ multiversion! {
     /// `sum += x - base`; returns the squared norm of the difference.
     pub fn add_shifted(sum: &mut [f64], x: &[f32], base: &[f32]) -> f64 {
         let mut lanes = [0.0f64; LANES];
-        let n = x.len();
-        let (sum, base) = (&mut sum[..n], &base[..n]);
-        for start in (0..n).step_by(LANES) {
-            for l in 0..LANES.min(n - start) {
-                let i = start + l;
-                let v = f64::from(x[i]) - f64::from(base[i]);
-                sum[i] += v;
-                lanes[l] += v * v;
+        let chunks = sum.chunks_mut(LANES).zip(x.chunks(LANES)).zip(base.chunks(LANES));
+        for ((sum, x), base) in chunks {
+            for (((lane, s), &v), &b) in lanes.iter_mut().zip(sum).zip(x).zip(base) {
+                let v = f64::from(v) - f64::from(b);
+                *s += v;
+                *lane += v * v;
             }
         }
         combine(lanes)

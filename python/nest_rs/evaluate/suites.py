@@ -66,8 +66,8 @@ def load_suites(sources: list[str], limit: int | None = None) -> list[Suite]:
 def attack(suites: list[Suite], path: Path) -> list[Suite]:
     """Wrap each request of each suite in each template of a file.
 
-    A template row has `template` with one slot: `{0}`, `{prompt}`, `{{ prompt }}`, or a name in `parameters` in single or
-    double braces.
+    A template row has `template` with one slot: `{0}`, `{prompt}`, `{{ prompt }}`, or a name in `parameters` in single
+    or double braces.
 
     Raises:
         NestError: a template without a slot, which would leave the request out or unchanged.

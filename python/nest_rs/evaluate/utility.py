@@ -40,7 +40,7 @@ def choice_accuracy(
 ) -> dict[str, Any]:
     """Zero-shot multiple choice: the choice with the highest log-likelihood a character (the harness's acc_norm).
 
-    Rows hold `question`, `choices` and `answer` (index from 0). No chat template: this is the usual form of ARC and MMLU.
+    Rows hold `question`, `choices` and `answer` (index from 0). No chat template: the usual form of ARC and MMLU.
 
     Returns:
         `n`, `accuracy` and `ci95`.
