@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from nest_rs.models import load_model, load_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -81,6 +91,17 @@ def write_prompts(path: Path, harmful: int = 24, benign: int = 24) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Path) -> PreTrainedModel:
+    """That Llama in float32, loaded once: tests that change a model load their own."""
+    return load_model(tiny, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tiny)
 
 
 @pytest.fixture

@@ -174,9 +174,7 @@ def test_importing_starts_no_thread():
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc")
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert int(done.stdout) == 1
 
 

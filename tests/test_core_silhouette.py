@@ -16,9 +16,7 @@ def oracle(x, labels, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(
-    ("n", "d", "k"), [(3, 1, 2), (50, 2000, 8), (500, 7, 20), (1500, 64, 3), (700, 300, 32)]
-)
+@pytest.mark.parametrize(("n", "d", "k"), [(3, 1, 2), (50, 2000, 8), (500, 7, 20), (1500, 64, 3), (700, 300, 32)])
 def test_agrees_with_sklearn(metric, n, d, k):
     rng = np.random.default_rng(n)
     centers = rng.normal(size=(k, d)) * 2
@@ -38,9 +36,7 @@ def test_tight_clusters_far_from_the_origin(metric):
     centers = rng.normal(size=(4, 10)) * 100 + 1000
     x = (centers[labels] + rng.normal(size=(200, 10)) * 0.05).astype(np.float32)
     tolerance = 1e-6 if metric != "cosine" else 1e-5
-    np.testing.assert_allclose(
-        silhouette_samples(x, labels, metric), oracle(x, labels, metric), atol=tolerance
-    )
+    np.testing.assert_allclose(silhouette_samples(x, labels, metric), oracle(x, labels, metric), atol=tolerance)
 
 
 @settings(max_examples=40, deadline=None)
@@ -59,9 +55,7 @@ def test_random_shapes_agree_with_sklearn(n, d, k, seed, metric, half):
     x = rng.normal(size=(n, d)).astype(np.float16 if half else np.float32)
     x[rng.integers(n)] = x[rng.integers(n)]  # duplicates
     x[rng.integers(n)] = 0
-    np.testing.assert_allclose(
-        silhouette_samples(x, labels, metric), oracle(x, labels, metric), atol=2e-6
-    )
+    np.testing.assert_allclose(silhouette_samples(x, labels, metric), oracle(x, labels, metric), atol=2e-6)
 
 
 def test_singletons_score_zero():
@@ -83,9 +77,7 @@ def test_any_finite_magnitude(magnitude):
     x = ((rng.normal(size=(60, 5)) + labels[:, None]) * magnitude).astype(np.float32)
     plain = x.astype(np.float64) / magnitude
     for metric in METRICS:
-        np.testing.assert_allclose(
-            silhouette_samples(x, labels, metric), oracle(plain, labels, metric), atol=1e-5
-        )
+        np.testing.assert_allclose(silhouette_samples(x, labels, metric), oracle(plain, labels, metric), atol=1e-5)
 
 
 @pytest.mark.parametrize(

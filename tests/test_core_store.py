@@ -175,6 +175,9 @@ def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+# Padded below so that the tensor begins at an odd byte.
+ODD = json.dumps({"a": entry([2, 2], 0, 16)}).encode()
+
 HOSTILE = {
     "empty": b"",
     "short": b"\x01\x02",
@@ -198,9 +201,7 @@ HOSTILE = {
     "rows differ": raw({"a": entry([2, 2], 0, 16), "b": entry([1, 4], 16, 32)}, bytes(32)),
     "types differ": raw({"a": entry([2, 2], 0, 16), "b": entry([2, 4], 16, 32, "F16")}, bytes(32)),
     "no rows": raw({"a": entry([0, 2], 0, 0)}),
-    "misaligned": raw(b'{"a":' + json.dumps(entry([2, 2], 0, 16)).encode() + b"} " * 1, bytes(16))
-    if len(json.dumps(entry([2, 2], 0, 16))) % 4 != 1
-    else raw(b'{"a":' + json.dumps(entry([2, 2], 0, 16)).encode() + b"}  ", bytes(16)),
+    "misaligned": raw(ODD + b" " * (1 - len(ODD) % 4 + 4), bytes(16)),
     "twice": raw(b'{"a":%b,"a":%b}' % ((json.dumps(entry([0, 2], 0, 0)).encode(),) * 2)),
     "metadata of numbers": raw({"__metadata__": {"a": 1}, "a": entry([2, 2], 0, 16)}, bytes(16)),
     "extra field": raw({"a": {**entry([2, 2], 0, 16), "x": 1}}, bytes(16)),

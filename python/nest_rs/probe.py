@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from nest_rs.errors import NestError
 from nest_rs.files import replacing
 from nest_rs.numeric import ActivationStore, pooled_stats
+from nest_rs.prefix import prefix_cache, repeated, shared_prefix
 from nest_rs.progress import track
 
 if TYPE_CHECKING:
@@ -70,10 +71,13 @@ def collect_activations(
     modules = dict(model.named_modules())
     mask = torch.empty(0)
     pooled: dict[str, torch.Tensor] = {}
+    opening: dict[str, torch.Tensor] = {}
+    prefix = shared_prefix(ids)
 
     def reader(module: str) -> Callable[..., None]:
         def read(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            pooled[module] = max_pool(output, mask)
+            seen = max_pool(output, mask)
+            pooled[module] = torch.maximum(seen, opening[module]) if module in opening else seen
 
         return read
 
@@ -85,13 +89,19 @@ def collect_activations(
             track("probe", total=len(ids), unit="prompts") as advance,
             torch.inference_mode(),
         ):
+            first = torch.tensor([prefix], device=model.device)
+            mask = torch.ones_like(first, dtype=torch.bool)
+            cache = prefix_cache(model, first)
+            opening.update(pooled)
             start = 0
             for batch in _batches(ids, batch_tokens):
-                width = max(map(len, batch))
-                tokens = torch.tensor([row + [pad] * (width - len(row)) for row in batch], device=model.device)
-                lengths = torch.tensor([len(row) for row in batch], device=model.device)
+                rest = [row[len(prefix) :] for row in batch]
+                width = max(map(len, rest))
+                tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rest], device=model.device)
+                lengths = torch.tensor([len(row) for row in rest], device=model.device)
                 mask = torch.arange(width, device=model.device) < lengths[:, None]
-                model(input_ids=tokens, attention_mask=mask.long(), logits_to_keep=1, use_cache=False)
+                whole = torch.cat([mask.new_ones(len(rest), len(prefix)), mask], dim=1).long()
+                model(input_ids=tokens, attention_mask=whole, past_key_values=repeated(cache, len(rest)), logits_to_keep=1)
                 for module, values in pooled.items():
                     _check_finite(module, values)
                     store.write(module, start, values.cpu())

@@ -57,8 +57,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise NestError(f"no such prompt file: `{path}`", mend="give a .jsonl file with a `prompt` in each line")
+    try:
+        # Not splitlines: it also cuts at characters that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise NestError(f"`{path}` is not UTF-8 ({error})", mend="save it as UTF-8") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -152,6 +157,8 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered texts (the chat template has already placed the special tokens)."""
+    if not texts:
+        return []  # a tokenizer cannot say so
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return ids
 

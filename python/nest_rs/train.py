@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
@@ -33,26 +35,32 @@ class Example:
 Batch = dict[str, torch.Tensor]
 
 
-def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """Pad prompts on the left and answers on the right.
+def collate(examples: Sequence[Example], pad: int, prefix: Sequence[int] = ()) -> Batch:
+    """Pad prompts on the left and answers on the right, behind the prefix that all prompts share.
 
     All answers then start in one column, so `logits_to_keep` can skip the prompt for any model that knows it.
 
     Returns:
-        `input_ids`, `attention_mask`, `position_ids` [n, prompt + answer] and `labels` [n, answer] int64, padded
-        labels being -100.
+        `prefix` [1, p]; `input_ids` and `position_ids` [n, rest of prompt + answer]; `attention_mask` [n, p + rest of
+        prompt + answer]; `labels` [n, answer] int64, padded labels being -100.
     """
-    left = max(len(example.prompt) for example in examples)
+    shared = len(prefix)
+    left = max(len(example.prompt) for example in examples) - shared
     right = max(len(example.answer) for example in examples)
     ids = torch.full((len(examples), left + right), pad)
     mask = torch.zeros_like(ids)
     for row, example in enumerate(examples):
-        span = slice(left - len(example.prompt), left + len(example.answer))
-        ids[row, span] = torch.tensor(example.prompt + example.answer)
-        mask[row, span] = 1
-    labels = ids[:, left:].masked_fill(mask[:, left:] == 0, IGNORED)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+        tokens = example.prompt[shared:] + example.answer
+        start = left - len(example.prompt) + shared
+        ids[row, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[row, start : start + len(tokens)] = 1
+    return {
+        "prefix": torch.tensor([list(prefix)], dtype=torch.long),
+        "input_ids": ids,
+        "attention_mask": torch.cat([torch.ones(len(examples), shared, dtype=torch.long), mask], dim=1),
+        "position_ids": (shared + mask.cumsum(1) - 1).clamp(min=0),
+        "labels": ids[:, left:].masked_fill(mask[:, left:] == 0, IGNORED),
+    }
 
 
 class Steps(Dataset[dict[str, Batch]]):
@@ -68,14 +76,15 @@ class Steps(Dataset[dict[str, Batch]]):
         half = max(1, batch_size // 2)
         rng = random.Random(seed)
         self.pad = pad
-        self.steps = list(zip(_batches(harmful, half, steps, rng), _batches(benign, half, steps, rng), strict=True))
+        self.prefix = shared_prefix([example.prompt for example in (*harmful, *benign)])
+        pairs = zip(_batches(harmful, half, steps, rng), _batches(benign, half, steps, rng), strict=True)
+        self.steps = [{"harmful": refuse, "benign": keep} for refuse, keep in pairs]
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> dict[str, Batch]:
-        harmful, benign = self.steps[index]
-        return {"harmful": collate(harmful, self.pad), "benign": collate(benign, self.pad)}
+        return {kind: collate(examples, self.pad, self.prefix) for kind, examples in self.steps[index].items()}
 
 
 def _batches(examples: Sequence[Example], size: int, count: int, rng: random.Random) -> list[list[Example]]:
@@ -94,10 +103,12 @@ def _batches(examples: Sequence[Example], size: int, count: int, rng: random.Ran
 
 def answer_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The logits that predict the answer tokens, [n, answer, vocabulary]."""
-    answer = batch["labels"].shape[1]
+    rows, answer = batch["labels"].shape
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    cache = repeated(prefix_cache(model, batch["prefix"]), rows)
     # The last kept logit predicts beyond the answer; one more is kept before it, at the end of the prompt.
-    logits: torch.Tensor = model(**inputs, logits_to_keep=answer + 1, use_cache=False).logits[:, :-1]
+    out = model(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=answer + 1)
+    logits: torch.Tensor = out.logits[:, :-1]
     return logits
 
 

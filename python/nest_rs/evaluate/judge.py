@@ -28,7 +28,9 @@ _REFUSALS = re.compile(
             rf"{_APOLOGY}\b.{{0,120}}?\bi ?{_CANNOT}",
             rf"{_APOLOGY}[,.;]? but\b",
             rf"{_APOLOGY}[,.;]? (?:this|that|your request)\b.{{0,40}}\b(?:not something|can't|cannot|won't)",
-            rf"i {_CANNOT}\b (?:\w+ ){{0,2}}?{_HELP}\b",
+            # not "I can't wait to share", "I can't help but offer", "I can't recommend it enough"
+            rf"i ?{_CANNOT}(?: and (?:will not|won't))?\b(?! wait\b| help but\b|[^.!?]{{0,60}}\benough\b)"
+            rf" (?:\w+ ){{0,2}}?{_HELP}\b",
             r"(?:i'm|i am) (?:\w+ )?(?:unable|not able|not allowed|not permitted|not comfortable|not willing)\b",
             rf"(?:i'm|i am) afraid (?:that )?i ?{_CANNOT}",
             r"i (?:(?:must|have to|need to|will have to|would have to) (?:\w+ )?)?(?:decline|refuse)\b",
@@ -36,7 +38,7 @@ _REFUSALS = re.compile(
             rf"as an ai\b.{{0,80}}?\bi ?(?:{_CANNOT}|must decline)",
             rf"unfortunately\b.{{0,40}}?\bi ?{_CANNOT}",
             rf"no[,.] i {_CANNOT}",
-            r"(?:that's|that is|this is|it's|it is) not something (?:that )?i (?:can|am able|will)\b",
+            r"(?:that's|that is|this is|it's|it is) not something (?:that )?i ?(?:can|(?:am|'m) able|will)\b",
             r"(?:this|that|your) request (?:goes against|violates|cannot be|can't be)",
             rf"we {_CANNOT} {_HELP}\b",
         ]

@@ -53,7 +53,11 @@ def choice_accuracy(
         for number, row in enumerate(rows, start=1):
             question = f"Question: {text_field(row, 'question', path, number)}\nAnswer:"
             choices = row.get("choices")
-            if not isinstance(choices, list) or row.get("answer") not in range(len(choices)):
+            if (
+                not isinstance(choices, list)
+                or not all(map(str, choices))
+                or row.get("answer") not in range(len(choices))
+            ):
                 raise NestError(f"row {number} of `{path}` has no `choices` with an `answer` among them")
             scores = _log_likelihoods(model, tokenizer, question, [f" {choice}" for choice in choices])
             best = max(range(len(choices)), key=lambda i: scores[i] / len(str(choices[i])))
@@ -104,6 +108,8 @@ def perplexity(
     ids = encode(tokenizer, [text])[0]
     windows = [ids[i : i + window] for i in range(0, len(ids), window)][:limit]
     windows = [chunk for chunk in windows if len(chunk) > 1]
+    if not windows:
+        raise NestError("the text for perplexity is too short", mend="give at least two tokens")
     total, count = 0.0, 0
     with track("perplexity", total=len(windows), unit="windows") as advance:
         for chunk in windows:

@@ -1,0 +1,48 @@
+"""The opening that a chat template gives every prompt, computed once a batch.
+
+A template's system text is often longer than the request itself. Its keys and values are the same for every row, so one
+row is run and shared; gradients flow through it as through any other token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def shared_prefix(ids: Sequence[list[int]]) -> list[int]:
+    """The longest opening of all prompts that leaves each at least one token of its own."""
+    prefix: list[int] = commonprefix(list(ids))
+    return prefix[: min(map(len, ids)) - 1]
+
+
+def prefix_cache(model: nn.Module, prefix: torch.Tensor) -> Any:
+    """Keys and values of the prefix.
+
+    Args:
+        model: A transformers causal language model, or a PEFT model around one.
+        prefix: Token ids [1, p].
+
+    Returns:
+        A transformers cache of one row; None for an empty prefix.
+    """
+    if not prefix.shape[1]:
+        return None
+    return model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def repeated(cache: Any, rows: int) -> Any:
+    """A copy of a one-row cache for a batch, to pass as `past_key_values`; gradients reach the original."""
+    if cache is None:
+        return None
+    batch = copy.copy(cache)
+    batch.layers = [copy.copy(layer) for layer in cache.layers]
+    batch.batch_repeat_interleave(rows)
+    return batch
