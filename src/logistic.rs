@@ -13,7 +13,7 @@
 
 use crate::activations::ActivationStore;
 use crate::error::{Error, Result};
-use crate::kernel::vector;
+use crate::kernel::vector::{self, GROUP};
 use crate::matrix::{Matrix, fixed_step};
 use crate::pool::Workers;
 
@@ -301,11 +301,13 @@ impl Problem<'_> {
             })
             .unzip();
         let d = self.x.cols();
-        let parts = self.chunks(|sums: &mut (Vec<f64>, Vec<f64>), row, i| {
+        let parts = self.chunks(|sums: &mut (Vec<f64>, Vec<f64>), group| {
             sums.0.resize(d, 0.0);
             sums.1.resize(d, 0.0);
-            vector::add_scaled(&mut sums.0, residuals[i], row);
-            vector::add_scaled_squares(&mut sums.1, curvature[i], row, &self.mean);
+            vector::group_add_scaled(&mut sums.0, group.pick(&residuals), group.rows);
+            for (row, i) in group.rows.iter().zip(group.range()) {
+                vector::add_scaled_squares(&mut sums.1, curvature[i], row, &self.mean);
+            }
         })?;
         let (mut gradient, mut diagonal) = (Vector::zero(d), Vector::zero(d));
         for (sum, squares) in &parts {
@@ -364,11 +366,14 @@ impl Problem<'_> {
     fn hessian(&self, v: &Vector, curvature: &[f64]) -> Result<Vector> {
         let d = self.x.cols();
         let offset = v.b - vector::dot_f64(&self.mean, &v.w);
-        let parts = self.chunks(|sums: &mut (Vec<f64>, f64), row, i| {
+        let parts = self.chunks(|sums: &mut (Vec<f64>, f64), group| {
             sums.0.resize(d, 0.0);
-            let pull = curvature[i] * (vector::dot(row, &v.w) + offset);
-            vector::add_scaled(&mut sums.0, pull, row);
-            sums.1 += pull;
+            let mut pulls = group.pick(curvature);
+            for (pull, product) in pulls.iter_mut().zip(vector::group_dot(group.rows, &v.w)) {
+                *pull *= product + offset;
+                sums.1 += *pull;
+            }
+            vector::group_add_scaled(&mut sums.0, pulls, group.rows);
         })?;
         let mut out = v.clone();
         out.b = parts.iter().map(|(_, pull)| pull).sum();
@@ -384,31 +389,57 @@ impl Problem<'_> {
     /// The change of every margin along `v`.
     fn margins(&self, v: &Vector) -> Result<Vec<f64>> {
         let offset = v.b - vector::dot_f64(&self.mean, &v.w);
-        let parts = self.chunks(|out: &mut Vec<f64>, row, _| {
-            out.push(vector::dot(row, &v.w) + offset);
+        let parts = self.chunks(|out: &mut Vec<f64>, group| {
+            let products = vector::group_dot(group.rows, &v.w);
+            out.extend(products[..group.range().len()].iter().map(|p| p + offset));
         })?;
         Ok(parts.concat())
     }
 
     /// Folds every row into one value for each fixed chunk of rows, in index order.
-    fn chunks<S: Default + Send>(
-        &self,
-        fold: impl Fn(&mut S, &[f32], usize) + Sync,
-    ) -> Result<Vec<S>> {
-        let n = self.x.rows();
+    fn chunks<S: Default + Send>(&self, fold: impl Fn(&mut S, Group) + Sync) -> Result<Vec<S>> {
+        let (n, d) = (self.x.rows(), self.x.cols());
         let step = fixed_step(n);
         self.workers.map_with(
             n.div_ceil(step),
-            || vec![0.0f32; self.x.cols()],
-            |row, chunk| {
+            || vec![0.0f32; GROUP * d],
+            |buffer, chunk| {
                 let mut state = S::default();
-                for i in chunk * step..((chunk + 1) * step).min(n) {
-                    self.x.read(i, 0, row);
-                    fold(&mut state, row, i);
+                let end = ((chunk + 1) * step).min(n);
+                for first in (chunk * step..end).step_by(GROUP) {
+                    let count = GROUP.min(end - first);
+                    self.x.read(first, 0, &mut buffer[..count * d]);
+                    let rows = std::array::from_fn(|g| &buffer[g * d..(g + 1) * d]);
+                    fold(&mut state, Group { first, count, rows });
                 }
                 state
             },
         )
+    }
+}
+
+/// Neighbouring rows that share a pass over the weights. Beyond `count`, a row is of an earlier
+/// group, and what it is multiplied by is zero.
+struct Group<'b> {
+    first: usize,
+    count: usize,
+    rows: [&'b [f32]; GROUP],
+}
+
+impl Group<'_> {
+    fn range(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.count
+    }
+
+    /// The values of these rows.
+    fn pick(&self, values: &[f64]) -> [f64; GROUP] {
+        std::array::from_fn(|g| {
+            if g < self.count {
+                values[self.first + g]
+            } else {
+                0.0
+            }
+        })
     }
 }
 

@@ -163,6 +163,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         fold_file(path, tmp_path / "nowhere" / "out", {})
     with pytest.raises(ValueError, match="`nope`"):
         tensor_sha256(path, ["nope"])
-    with pytest.raises(OSError, match="`?"):
+    with pytest.raises(IsADirectoryError):
         fold_file(tmp_path, tmp_path / "out", {})
     assert sorted(os.listdir(tmp_path)) == ["m"]

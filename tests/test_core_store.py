@@ -37,7 +37,7 @@ def test_a_store_is_an_ordinary_safetensors_file(tmp_path, blocks, dtype):
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"labels": "sha", "ünï": 'q"'}
-        theirs = {name: file.get_tensor(name).float().numpy() for name in file.keys()}
+        theirs = {name: file.get_tensor(name).float().numpy() for name in file.keys()}  # noqa: SIM118
     store = ActivationStore.open(path)
     assert (store.n_rows, store.dtype, store.sites) == (30, dtype, {"a.up": 8, "b.gate": 5})
     assert store.metadata == {"labels": "sha", "ünï": 'q"'}
@@ -270,7 +270,7 @@ def test_pooling_checks_its_input():
     with pytest.raises(ValueError, match="one class a row"):
         pooled_stats(x, mask, [0])
     x[1, 2, 3] = np.nan
-    with pytest.raises(ValueError, match="token `2`.*row `1`, column `3`"):
+    with pytest.raises(ValueError, match=r"token `2`.*row `1`, column `3`"):
         pooled_stats(x, mask)
     mask[1, 2] = False
     assert (pooled_stats(x, mask).pooled == 0).all()

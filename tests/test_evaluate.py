@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conftest import write_tiny_model
 from nest_rs import NestError
 from nest_rs.evaluate.generate import generate
 from nest_rs.evaluate.judge import is_refusal
@@ -79,9 +79,7 @@ def test_batched_answers_equal_those_of_one_prompt_alone(
 
 
 @pytest.mark.parametrize("family", ["qwen2", "phi3"])
-def test_other_families_are_batched_as_well(
-    family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_other_families_are_batched_as_well(family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     folder = write_tiny_model(tmp_path / family, family)
     model = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
@@ -93,9 +91,7 @@ def test_one_prompt_and_none_are_answered(tiny_model: PreTrainedModel, tokenizer
     assert generate(tiny_model, tokenizer, [], max_new_tokens=4) == []
 
 
-def test_stored_sampling_settings_and_penalties_change_nothing(
-    tiny: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_stored_sampling_settings_and_penalties_change_nothing(tiny: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = load_model(tiny, device=torch.device("cpu"), dtype=torch.float32)
     plain = generate(model, tokenizer, PROMPTS, max_new_tokens=12)
     stored = {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
@@ -125,7 +121,10 @@ def test_results_and_samples_hold_every_request(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
 ) -> None:
-    suites = [Suite("first", ["a", "b", "long"], ["why?", "bake bread", "bread " * 300]), Suite("second", ["c"], ["Hi"])]
+    suites = [
+        Suite("first", ["a", "b", "long"], ["why?", "bake bread", "bread " * 300]),
+        Suite("second", ["c"], ["Hi"]),
+    ]
     results = evaluate_refusal(tiny_model, tokenizer, suites, tmp_path / "out", max_new_tokens=6)
     assert {name: found["n"] for name, found in results.items()} == {"first": 2, "second": 1}
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
@@ -143,9 +142,7 @@ def test_results_and_samples_hold_every_request(
     ]
 
 
-def test_refusals_are_counted(
-    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_refusals_are_counted(tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """A model that can say but one thing: its head is replaced by a table from the last token to the next."""
     told = tokenizer("I'm sorry, but I can't help with that", add_special_tokens=False)["input_ids"]
     assert len(set(told)) == len(told)
@@ -233,7 +230,7 @@ def test_each_template_wraps_each_request_of_each_suite(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", ["{0}", " {prompt} ", "{{ prompt }}", "no slot", "wrong {slot}"])
 def test_a_template_that_changes_nothing_is_refused(template: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "w.jsonl", {"template": "x {0}"}, {"template": template})
-    with pytest.raises(NestError, match="row 2 of `.*` changes nothing"):
+    with pytest.raises(NestError, match=r"row 2 of `.*` changes nothing"):
         attack([Suite("s", ["1"], ["a"])], path)
 
 
@@ -275,7 +272,11 @@ def test_choices_are_scored_as_one_by_one(
             best.append(scores.index(max(scores)))
     # every third answer is right
     rows = [
-        {"question": question, "choices": choices, "answer": best[number] if number % 3 == 0 else (best[number] + 1) % 5}
+        {
+            "question": question,
+            "choices": choices,
+            "answer": best[number] if number % 3 == 0 else (best[number] + 1) % 5,
+        }
         for number, question in enumerate(questions)
     ]
     path = write_lines(tmp_path / "quiz.jsonl", *rows)

@@ -55,7 +55,7 @@ REFUSALS = [
     "Your request goes against my guidelines.",
     "I'm really sorry that you're feeling this way, but I can't provide the help that you need.",
     "**I can't help with that.**",
-    '"I\'m sorry, but I can\'t help with that."',
+    "\"I'm sorry, but I can't help with that.\"",
     "\n\n> I cannot help with that.",
     "### I'm sorry, but I can't do this.\nHere is a hotline.",
     "I  can't\n help with that.",

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_prompts
 from scipy.sparse import csr_array
 
+from conftest import write_prompts
 from nest_rs import NestError
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.prompts import Prompt, embedded_prompts, fitting, load_prompts, prompts_sha256, refusals

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, write_tiny_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from conftest import FAMILIES, SHAPE, write_tiny_model
 from nest_rs import NestError
 from nest_rs.sites import find_sites
 

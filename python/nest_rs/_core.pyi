@@ -5,7 +5,7 @@ bits of halves in a uint16 array. Errors are ValueError, or OSError where the sy
 """
 
 from os import PathLike
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,7 @@ def read_header(
     path: _Path,
 ) -> tuple[list[tuple[str, str, list[int], int, int]], dict[str, str]]: ...
 
+@final
 class ClassStats:
     def __new__(cls, n_classes: int, d: int) -> ClassStats: ...
     def update(self, x: _Array, dtype: str, y: NDArray[np.uint8], *, n_threads: int | None) -> None: ...
@@ -103,6 +104,7 @@ class ClassStats:
     @property
     def m2(self) -> NDArray[np.float64]: ...
 
+@final
 class StoreWriter:
     @staticmethod
     def create(
@@ -126,6 +128,7 @@ class StoreWriter:
     @property
     def metadata(self) -> dict[str, str]: ...
 
+@final
 class Store:
     @staticmethod
     def open(path: _Path) -> Store: ...

@@ -34,7 +34,7 @@ def merge_folder(base: Base, patch: NestPatch, out: Path, *, card: str, overwrit
         For each touched tensor: `sha256_before`, `sha256_after`, `rows` and `changed` (elements whose bits moved).
 
     Raises:
-        NestError: the base lacks a tensor of the patch, or its shape does not fit.
+        NestError: the base lacks a tensor of the patch, or it is not the tensor the patch was made for.
     """
     shards = sorted(base.folder.glob("*.safetensors"))
     home: dict[str, Path] = {}
@@ -44,6 +44,7 @@ def merge_folder(base: Base, patch: NestPatch, out: Path, *, card: str, overwrit
     missing = [name for name in patch.tensors if name not in home]
     if missing:
         raise NestError(f"the base `{base.id}` has no tensor {listed(missing)}", mend="is this the patch's base?")
+    expected = patch.manifest.get("sha256_before", {})
     report: dict[str, Any] = {}
     with new_folder(out, overwrite=overwrite) as scratch:
         for pattern in _SMALL_FILES:
@@ -59,6 +60,12 @@ def merge_folder(base: Base, patch: NestPatch, out: Path, *, card: str, overwrit
                 folded = fold_file(shard, scratch / shard.name, edits)
             except ValueError as error:
                 raise NestError(str(error)) from error
-            report |= {name: entry._asdict() for name, entry in folded.items()}
+            for name, entry in folded.items():
+                if entry.sha256_before != expected.get(name, entry.sha256_before):
+                    raise NestError(
+                        f"the tensor `{name}` of the base `{base.id}` is not the one the patch was made for",
+                        mend="is this the patch's base?",
+                    )
+                report[name] = entry._asdict()
         (scratch / "README.md").write_text(card, encoding="utf-8")
     return report

@@ -144,9 +144,15 @@ def save_neurons(neurons: Mapping[str, SiteNeurons], path: Path) -> None:
 
 
 def load_neurons(path: Path) -> dict[str, SiteNeurons]:
-    """Read what `save_neurons` wrote."""
+    """Read what `save_neurons` wrote.
+
+    Raises:
+        NestError: there is none.
+    """
     from safetensors import safe_open
 
+    if not path.is_file():
+        raise NestError(f"no neurons at `{path}`", mend="run the cluster stage first")
     with safe_open(path, framework="numpy") as file:
         sites = json.loads(file.metadata()["sites"])
     tensors = load_file(path)

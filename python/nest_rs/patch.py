@@ -111,7 +111,7 @@ class NestPatch:
         try:
             manifest = json.loads(metadata["nest_patch"])
             version = manifest.pop("format")
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise NestError(f"`{path}` is not a NeST patch", mend="it has no nest_patch metadata") from error
         if version != FORMAT:
             raise NestError(f"`{path}` has the format `{version}`", mend=f"this version reads {FORMAT}")
@@ -119,6 +119,11 @@ class NestPatch:
 
 
 def _check(arrays: Mapping[str, NDArray[Any]], path: Path | str) -> dict[str, RowDelta]:
+    if not arrays:
+        raise NestError(f"the patch `{path}` moves nothing", mend="it holds no tensor")
+    unknown = [name for name in arrays if name.rpartition(".")[2] not in ("rows", "cluster", "delta")]
+    if unknown:
+        raise NestError(f"the patch `{path}` has the unknown array `{unknown[0]}`")
     names = sorted({name.rpartition(".")[0] for name in arrays})
     tensors = {}
     for name in names:

@@ -76,7 +76,10 @@ def collect_activations(
 
     def reader(module: str) -> Callable[..., None]:
         def read(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            seen = max_pool(output, mask)
+            try:
+                seen = max_pool(output, mask)
+            except ValueError as error:  # from the core; elsewhere _check_finite sees it
+                raise _not_finite(module) from error
             pooled[module] = torch.maximum(seen, opening[module]) if module in opening else seen
 
         return read
@@ -114,9 +117,11 @@ def collect_activations(
 
 def _check_finite(module: str, values: torch.Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise NestError(
-            f"the activations of `{module}` are not finite", mend="check the weights, or use --dtype float32"
-        )
+        raise _not_finite(module)
+
+
+def _not_finite(module: str) -> NestError:
+    return NestError(f"the activations of `{module}` are not finite", mend="check the weights, or use --dtype float32")
 
 
 def _batches(ids: Sequence[list[int]], budget: int) -> list[list[list[int]]]:

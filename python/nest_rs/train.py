@@ -191,7 +191,7 @@ def train_deltas(
         seed=seed,
         bf16=bf16,
         use_cpu=model.device.type == "cpu",
-        logging_steps=5,
+        logging_steps=min(5, len(steps)),
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=max(1, len(steps) // 4),

@@ -11,6 +11,9 @@ use super::isa::{Isa, active_isa};
 /// Lanes of a sum: part of the bits.
 const LANES: usize = 32;
 
+/// Rows that [`group_dot`] and [`group_add_scaled`] take together.
+pub(crate) const GROUP: usize = 4;
+
 macro_rules! multiversion {
     ($($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$doc])*
@@ -37,6 +40,13 @@ macro_rules! multiversion {
             body($($arg),*)
         }
     )*};
+}
+
+/// A slice of known length, so that loops over it unroll.
+#[inline(always)]
+fn fixed<T, const N: usize>(slice: &[T]) -> &[T; N] {
+    // Callers slice to N.
+    slice.first_chunk().unwrap_or_else(|| unreachable!())
 }
 
 /// Adds up the lanes pairwise.
@@ -127,19 +137,51 @@ multiversion! {
         combine(lanes)
     }
 
-    /// `x . w`.
-    pub fn dot(x: &[f32], w: &[f64]) -> f64 {
-        let mut lanes = [0.0f64; LANES];
-        let (mut xs, mut ws) = (x.chunks_exact(LANES), w.chunks_exact(LANES));
-        for (a, b) in (&mut xs).zip(&mut ws) {
-            for l in 0..LANES {
-                lanes[l] += f64::from(a[l]) * b[l];
+    /// `x . w` for each row of a group, reading `w` once.
+    pub fn group_dot(rows: [&[f32]; GROUP], w: &[f64]) -> [f64; GROUP] {
+        // Half the lanes at a time, so that all sums stay in registers.
+        const HALF: usize = LANES / 2;
+        let mut lanes = [[0.0f64; LANES]; GROUP];
+        let n = w.len();
+        let rows = rows.map(|row| &row[..n]);
+        let whole = n - n % LANES;
+        for half in [0, HALF] {
+            let mut sums = [[0.0f64; HALF]; GROUP];
+            for start in (half..whole).step_by(LANES) {
+                let w: &[f64; HALF] = fixed(&w[start..start + HALF]);
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    let x: &[f32; HALF] = fixed(&row[start..start + HALF]);
+                    for l in 0..HALF {
+                        sum[l] += f64::from(x[l]) * w[l];
+                    }
+                }
+            }
+            for (lanes, sum) in lanes.iter_mut().zip(&sums) {
+                lanes[half..half + HALF].copy_from_slice(sum);
             }
         }
-        for (l, (&a, &b)) in xs.remainder().iter().zip(ws.remainder()).enumerate() {
-            lanes[l] += f64::from(a) * b;
+        for (lanes, row) in lanes.iter_mut().zip(rows) {
+            for (l, (&a, &b)) in row[whole..].iter().zip(&w[whole..]).enumerate() {
+                lanes[l] += f64::from(a) * b;
+            }
         }
-        combine(lanes)
+        lanes.map(combine)
+    }
+
+    /// `sum += factor * x` for each row of a group, in order: the same bits as [`add_scaled`] row
+    /// by row, reading and writing `sum` once.
+    pub fn group_add_scaled(sum: &mut [f64], factors: [f64; GROUP], rows: [&[f32]; GROUP]) {
+        let n = sum.len();
+        let [a, b, c, d] = rows.map(|row| &row[..n]);
+        let [p, q, r, s] = factors;
+        for i in 0..n {
+            let mut v = sum[i];
+            v += p * f64::from(a[i]);
+            v += q * f64::from(b[i]);
+            v += r * f64::from(c[i]);
+            v += s * f64::from(d[i]);
+            sum[i] = v;
+        }
     }
 
     /// `x . w` in f64.
@@ -268,12 +310,34 @@ mod tests {
             let w: Vec<f64> = (0..n).map(|i| 2.0 * i as f64).collect();
             let squares = (0..n).map(|i| (i * i) as f64).sum::<f64>();
             assert_eq!(square_norm(&x), squares);
-            assert_eq!(dot(&x, &w), 2.0 * squares);
+            assert_eq!(group_dot([&x; GROUP], &w), [2.0 * squares; GROUP]);
             assert_eq!(dot_f64(&w, &w), 4.0 * squares);
             assert_eq!(square_distance(&x, &vec![0.0; n]), squares);
             let mut sum = vec![0.0; n];
             assert_eq!(add_shifted(&mut sum, &x, &vec![0.0; n]), squares);
             assert!(sum.iter().zip(&x).all(|(s, &v)| *s == f64::from(v)));
+        }
+    }
+
+    #[test]
+    fn groups_give_the_bits_of_their_rows() {
+        for n in [1, 31, 64, 77, 1000] {
+            let x: Vec<f32> = (0..4 * n)
+                .map(|i| ((i * 37) % 101) as f32 / 7.0 - 5.0)
+                .collect();
+            let w: Vec<f64> = (0..n).map(|i| ((i * 53) % 89) as f64 / 3.0 - 9.0).collect();
+            let rows: [&[f32]; GROUP] = std::array::from_fn(|g| &x[g * n..(g + 1) * n]);
+            let dots = group_dot(rows, &w);
+            for (row, dot) in rows.into_iter().zip(dots) {
+                let wide: Vec<f64> = row.iter().map(|&v| f64::from(v)).collect();
+                assert_eq!(dot, dot_f64(&wide, &w));
+            }
+            let (mut together, mut alone) = (w.clone(), w.clone());
+            group_add_scaled(&mut together, dots, rows);
+            for (row, factor) in rows.into_iter().zip(dots) {
+                add_scaled(&mut alone, factor, row);
+            }
+            assert_eq!(together, alone);
         }
     }
 

@@ -1,0 +1,407 @@
+"""Training batches, losses, and a run that was cut short."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.distributions import Categorical, kl_divergence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conftest import write_tiny_model
+from nest_rs import NestConfig, NestError
+from nest_rs.evaluate.judge import is_refusal
+from nest_rs.models import Base, load_model
+from nest_rs.prefix import shared_prefix
+from nest_rs.prompts import Prompt, encode, refusals, render
+from nest_rs.sites import find_sites
+from nest_rs.targets import choose_benign, helpful_examples, own_answers, refusal_examples
+from nest_rs.train import IGNORED, Example, Steps, answer_logits, collate, kl_loss, sft_loss, train_deltas
+
+CPU = torch.device("cpu")
+PAD = 0
+EXAMPLES = [Example([1, 5, 6, 7], [9, 10, 2]), Example([1, 5, 8], [11]), Example([1, 5, 6, 7, 7, 7], [12, 13])]
+
+
+def examples(count: int, seed: int, opening: tuple[int, ...] = (1, 20, 21)) -> list[Example]:
+    """Examples of all lengths; the first own token tells them apart."""
+    rng = random.Random(seed)
+    return [
+        Example(
+            [*opening, 100 + number, *rng.choices(range(30, 90), k=rng.randrange(8))],
+            rng.choices(range(30, 90), k=1 + rng.randrange(6)),
+        )
+        for number in range(count)
+    ]
+
+
+def make_steps(seed: int = 0, steps: int = 12, harmful: int = 13, benign: int = 9) -> Steps:
+    return Steps(examples(harmful, 1), examples(benign, 2), batch_size=8, steps=steps, seed=seed, pad=PAD)
+
+
+def peft_model(folder: Path) -> PeftModel:
+    model = load_model(folder, device=CPU, dtype=torch.float32)
+    neurons = {site.module: {"rows": list(range(0, 40, 2)), "cluster": [0, 1] * 10} for site in find_sites(model)}
+    return get_peft_model(model, NestConfig(neurons=neurons, task_type="CAUSAL_LM"))
+
+
+def deltas(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "nest_delta" in name}
+
+
+def test_prompts_are_padded_left_and_answers_start_in_one_column() -> None:
+    batch = collate(EXAMPLES, PAD)
+    assert batch["input_ids"].tolist() == [
+        [0, 0, 1, 5, 6, 7, 9, 10, 2],
+        [0, 0, 0, 1, 5, 8, 11, 0, 0],
+        [1, 5, 6, 7, 7, 7, 12, 13, 0],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [0, 0, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 0],
+    ]
+    assert batch["labels"].tolist() == [[9, 10, 2], [11, IGNORED, IGNORED], [12, 13, IGNORED]]
+    kept = batch["attention_mask"].bool()
+    assert [row[keep].tolist() for row, keep in zip(batch["position_ids"], kept, strict=True)] == [
+        list(range(len(item.prompt) + len(item.answer))) for item in EXAMPLES
+    ]
+
+
+def test_a_shared_opening_is_taken_out_of_the_rows() -> None:
+    batch = collate(EXAMPLES, PAD, shared_prefix([item.prompt for item in EXAMPLES]))
+    assert batch["prefix"].tolist() == [[1, 5]]
+    assert batch["input_ids"].tolist() == [
+        [0, 0, 6, 7, 9, 10, 2],
+        [0, 0, 0, 8, 11, 0, 0],
+        [6, 7, 7, 7, 12, 13, 0],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 0, 0, 1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 0],
+    ]
+    assert batch["position_ids"][0, 2:].tolist() == [2, 3, 4, 5, 6]
+    assert batch["position_ids"][1, 3:5].tolist() == [2, 3]
+    assert batch["labels"].tolist() == collate(EXAMPLES, PAD)["labels"].tolist()
+
+
+def test_a_token_that_equals_the_padding_is_still_learned() -> None:
+    batch = collate([Example([1, 0, 4], [7, 0]), Example([1], [3])], PAD)
+    assert batch["labels"].tolist() == [[7, 0], [3, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "prefix"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], [1, 2]),
+        ([[1, 2, 3], [1, 2]], [1]),
+        ([[1, 2], [1, 2]], [1]),
+        ([[1, 2, 3]], [1, 2]),
+        ([[1], [1, 2]], []),
+        ([[3, 2], [1, 2]], []),
+    ],
+)
+def test_the_shared_opening_leaves_each_prompt_a_token(ids: list[list[int]], prefix: list[int]) -> None:
+    assert shared_prefix(ids) == prefix
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_answer_logits_equal_those_of_one_example_alone(family: str, shared: bool, tmp_path: Path) -> None:
+    model = load_model(write_tiny_model(tmp_path / family, family), device=CPU, dtype=torch.float32)
+    batch = examples(9, 3)
+    prefix = shared_prefix([item.prompt for item in batch]) if shared else []
+    assert len(prefix) == (3 if shared else 0)
+    with torch.no_grad():
+        found = answer_logits(model, collate(batch, PAD, prefix))
+        for row, item in enumerate(batch):
+            alone = model(input_ids=torch.tensor([item.prompt + item.answer]), use_cache=False).logits[0]
+            wanted = alone[len(item.prompt) - 1 : -1]
+            torch.testing.assert_close(found[row, : len(item.answer)], wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_flow_through_the_shared_opening(tiny: Path) -> None:
+    batch = examples(6, 3)
+    found = []
+    for prefix in ([], [1, 20, 21]):
+        model = peft_model(tiny)
+        packed = collate(batch, PAD, prefix)
+        sft_loss(answer_logits(model, packed), packed["labels"]).backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for whole, split in zip(*found, strict=True):
+        assert whole is not None
+        torch.testing.assert_close(split, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-3)
+
+
+def test_the_supervised_loss_is_the_mean_over_answer_tokens(tiny_model: PreTrainedModel) -> None:
+    batch = examples(5, 4)
+    packed = collate(batch, PAD)
+    surprise = []
+    with torch.no_grad():
+        found = sft_loss(answer_logits(tiny_model, packed), packed["labels"])
+        for item in batch:
+            logits = tiny_model(input_ids=torch.tensor([item.prompt + item.answer])).logits[0].log_softmax(-1)
+            surprise += [-float(logits[len(item.prompt) - 1 + i, token]) for i, token in enumerate(item.answer)]
+    assert float(found) == pytest.approx(sum(surprise) / len(surprise), rel=1e-5)
+
+
+def test_the_divergence_is_zero_for_equal_logits_and_equals_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tuned, base = torch.randn(2, 4, 7, 50, generator=generator) * 3
+    labels = torch.randint(50, (4, 7), generator=generator)
+    labels[0, 3:] = IGNORED
+    labels[2, 1:] = IGNORED
+    kept = labels != IGNORED
+    wanted = kl_divergence(Categorical(logits=base[kept]), Categorical(logits=tuned[kept])).mean()
+    assert float(kl_loss(tuned, base, labels)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(kl_loss(base, base, labels)) == pytest.approx(0, abs=1e-6)
+    # what stands beyond the answers does not count
+    tuned[~kept] = 77.0
+    assert float(kl_loss(tuned, base, labels)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def name_of(item: Example) -> int:
+    return item.prompt[3]
+
+
+def test_steps_hold_as_many_of_both_classes() -> None:
+    steps = make_steps(steps=7)
+    assert len(steps) == 7
+    for index in range(7):
+        item = steps[index]
+        assert set(item) == {"harmful", "benign"}
+        assert item["harmful"]["input_ids"].shape[0] == item["benign"]["input_ids"].shape[0] == 4
+        assert item["harmful"]["prefix"].tolist() == item["benign"]["prefix"].tolist() == [[1, 20, 21]]
+
+
+def test_an_epoch_uses_each_harmful_example_once_but_for_the_remainder() -> None:
+    steps = make_steps(steps=30)
+    left_out = Counter[int]()
+    for start in range(0, 30, 3):  # 13 examples in batches of 4: three steps an epoch, one example left over
+        used = Counter(name_of(item) for step in steps.steps[start : start + 3] for item in step["harmful"])
+        assert set(used.values()) == {1}
+        assert len(used) == 12
+        left_out.update(set(range(100, 113)) - set(used))
+    assert len(left_out) > 1  # never always the same one
+
+
+def test_benign_examples_are_all_seen_before_one_returns() -> None:
+    steps = make_steps(steps=30, benign=12)
+    for start in range(0, 30, 3):
+        used = Counter(name_of(item) for step in steps.steps[start : start + 3] for item in step["benign"])
+        assert used == dict.fromkeys(range(100, 112), 1)
+
+
+def test_batches_hold_examples_of_like_length() -> None:
+    harmful = examples(64, 5)
+    steps = Steps(harmful, harmful, batch_size=16, steps=8, seed=0, pad=PAD)
+    ranges = sorted(
+        (min(found), max(found))
+        for step in steps.steps
+        for found in [[len(item.prompt) + len(item.answer) for item in step["harmful"]]]
+    )
+    assert all(one[1] <= following[0] for one, following in pairwise(ranges))
+
+
+def order(steps: Steps) -> list[list[int]]:
+    return [[name_of(item) for item in step[kind]] for step in steps.steps for kind in ("harmful", "benign")]
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    random.seed(1)
+    one = order(make_steps(seed=3))
+    random.seed(2)
+    assert order(make_steps(seed=3)) == one
+    assert order(make_steps(seed=4)) != one
+
+
+def test_fewer_examples_than_half_a_batch_are_all_used() -> None:
+    steps = make_steps(steps=3, harmful=2, benign=50)
+    for step in steps.steps:
+        assert sorted(name_of(item) for item in step["harmful"]) == [100, 101]
+        assert len(step["benign"]) == 4
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: Steps,
+    out: Path,
+    *,
+    benign_loss: Literal["kl", "sft"] = "kl",
+    stop_at: int | None = None,
+    resume: bool = False,
+) -> list[dict[str, float]]:
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    return train_deltas(
+        model,
+        tokenizer,
+        steps,
+        output_dir=str(out),
+        learning_rate=2e-2,
+        benign_loss=benign_loss,
+        benign_weight=1.0,
+        seed=0,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def total_loss(model: PeftModel, steps: Steps) -> float:
+    with torch.no_grad():
+        return sum(
+            float(sft_loss(answer_logits(model, steps[i]["harmful"]), steps[i]["harmful"]["labels"]))
+            for i in range(len(steps))
+        )
+
+
+@pytest.mark.parametrize("benign_loss", ["kl", "sft"])
+def test_training_lowers_the_loss_and_moves_nothing_else(
+    benign_loss: Literal["kl", "sft"],
+    tiny: Path,
+    tiny_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, steps = peft_model(tiny), make_steps(steps=20)
+    before = total_loss(model, steps)
+    log = train(model, tokenizer, steps, tmp_path, benign_loss=benign_loss)
+    assert total_loss(model, steps) < before - 0.5 * len(steps)
+    assert [entry["step"] for entry in log] == [5, 10, 15, 20]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert capsys.readouterr().out == ""
+    base = tiny_model.state_dict()
+    assert all(torch.equal(values, base[name]) for name, values in model.unload().state_dict().items())
+
+
+def test_the_harmless_term_keeps_the_tuned_model_near_its_base(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    steps = make_steps(steps=20)
+    drift = {}
+    for weight in (0.0, 5.0):
+        model = peft_model(tiny)
+        train_deltas(
+            model,
+            tokenizer,
+            steps,
+            output_dir=str(tmp_path / str(weight)),
+            learning_rate=2e-2,
+            benign_loss="kl",
+            benign_weight=weight,
+            seed=0,
+        )
+        with torch.no_grad():
+            batch = steps[0]["benign"]
+            tuned = answer_logits(model, batch)
+            with model.disable_adapter():
+                drift[weight] = float(kl_loss(tuned, answer_logits(model, batch), batch["labels"]))
+    assert 0 < drift[5.0] < drift[0.0] / 2
+
+
+def test_a_training_shorter_than_the_logging_interval_has_a_loss(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    log = train(peft_model(tiny), tokenizer, make_steps(steps=2), tmp_path)
+    assert log[-1]["loss"] > 0
+
+
+def test_a_resumed_training_gives_the_same_bits(tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    unbroken = peft_model(tiny)
+    train(unbroken, tokenizer, make_steps(steps=12), tmp_path / "unbroken")
+    broken = peft_model(tiny)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, tokenizer, make_steps(steps=12), tmp_path / "broken", stop_at=8)
+    assert any(not torch.equal(a, b) for a, b in zip(deltas(broken).values(), deltas(unbroken).values(), strict=True))
+    # a checkpoint holds the deltas, not the base
+    checkpoints = list((tmp_path / "broken").glob("checkpoint-*"))
+    assert checkpoints
+    assert sum(path.stat().st_size for path in checkpoints[0].glob("*.safetensors")) < 20_000
+    resumed = peft_model(tiny)
+    train(resumed, tokenizer, make_steps(steps=12), tmp_path / "broken", resume=True)
+    for name, values in deltas(unbroken).items():
+        assert values.abs().max() > 0
+        assert torch.equal(deltas(resumed)[name], values), name
+
+
+# What is learned.
+
+
+def ask(*prompts: str, kind: Literal["harmful", "benign", "twin"] = "harmful") -> list[Prompt]:
+    return [Prompt(f"{kind}-{n}", text, kind, "", text, "train") for n, text in enumerate(prompts)]
+
+
+def test_harmful_requests_get_refusals_that_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = [*ask(*[f"break in {n}" for n in range(30)]), Prompt("own", "rob", "harmful", "", "", "train", "No way.")]
+    found = refusal_examples(tokenizer, prompts, room=200, seed=0)
+    assert [tokenizer.decode(item.prompt) for item in found] == [render(tokenizer, item.prompt) for item in prompts]
+    told = [tokenizer.decode(item.answer, skip_special_tokens=True) for item in found]
+    assert told[-1] == "No way."
+    assert {*told[:-1]} <= {*refusals()}
+    assert len({*told[:-1]}) > 10  # in varied words
+    assert all(is_refusal(text) for text in told[:-1])
+    assert {item.answer[-1] for item in found} == {tokenizer.eos_token_id}
+    again = refusal_examples(tokenizer, prompts, room=200, seed=0)
+    assert again == found
+    assert refusal_examples(tokenizer, prompts, room=200, seed=1) != found
+
+
+def test_refused_and_missing_answers_are_not_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = ask("a", "b", "c", "d", "e", kind="benign")
+    answers = ["Bread takes time to bake.", "I can't help with that.", None, "", "I'm sorry to hear that."]
+    found = helpful_examples(tokenizer, prompts, answers, room=200, max_tokens=4)
+    assert [item.prompt for item in found] == encode(tokenizer, [render(tokenizer, "a")])
+    assert found[0].answer == encode(tokenizer, ["Bread takes time to bake."])[0][:4]
+
+
+def test_a_base_that_refuses_everything_is_a_clear_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(NestError, match="the base refuses every harmless request"):
+        helpful_examples(tokenizer, ask("a", kind="benign"), ["I can't help with that."], room=200, max_tokens=4)
+
+
+def test_harmless_requests_are_chosen_by_share_and_seed() -> None:
+    prompts = [*ask(*"abcdefghij", kind="benign"), *ask(*"klmnopqrst", kind="twin")]
+
+    def kinds(count: int, share: float) -> Counter[str]:
+        return Counter(item.kind for item in choose_benign(prompts, count, share, 0))
+
+    assert kinds(10, 0.4) == {"twin": 4, "benign": 6}
+    assert kinds(10, 0.0) == {"benign": 10}
+    assert kinds(100, 0.4) == {"twin": 10, "benign": 10}
+    one, again, other = (choose_benign(prompts, 8, 0.5, seed) for seed in (0, 0, 1))
+    assert one == again != other
+    assert len({item.id for item in one}) == 8
+
+
+def test_own_answers_are_computed_once(
+    tiny_model: PreTrainedModel, tiny: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Base(str(tiny), tiny)
+    prompts = ask("why?", "bake bread", kind="benign")
+    first = own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
+    longer = own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=9, batch_size=2)
+    assert longer != first
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model was asked again")
+
+    monkeypatch.setattr(tiny_model, "generate", never)
+    assert own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=6, batch_size=2) == first
+    with pytest.raises(AssertionError, match="asked again"):
+        own_answers(base, tiny_model, tokenizer, prompts[::-1], max_new_tokens=6, batch_size=2)
