@@ -125,7 +125,7 @@ class Eval(_Command):
 
         from nest_rs.evaluate.refusal import evaluate_refusal
         from nest_rs.evaluate.suites import BUILTIN_SUITES, attack, load_suites
-        from nest_rs.evaluate.utility import measure_utility
+        from nest_rs.evaluate.utility import check_utility, measure_utility
         from nest_rs.files import write_json
         from nest_rs.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve
         from nest_rs.run import Run
@@ -139,6 +139,7 @@ class Eval(_Command):
         suites = load_suites(self.suite or ([] if self.utility else list(BUILTIN_SUITES)), self.limit)
         for path in self.attacks:
             suites += attack(suites[: len(self.suite or BUILTIN_SUITES)], path)
+        check_utility(self.utility)
         base = resolve(str(Path(self.model) / "merged") if is_run else self.model)
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -214,7 +215,11 @@ class NestRs(BaseSettings):
     """Make an open-weight language model refuse what it should, by moving almost nothing."""
 
     model_config = SettingsConfigDict(
-        cli_prog_name="nest-rs", cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True
+        cli_prog_name="nest-rs",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
     )
 
     tune: CliSubCommand[Tune]  # type: ignore[valid-type]

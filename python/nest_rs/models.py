@@ -234,8 +234,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The compute dtype. `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     import torch
 
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in named:
+        return named[dtype]
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        raise NestError(f"no such dtype: `{dtype}`", mend=f"use auto, {', '.join(named)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
@@ -250,13 +253,14 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     Raises:
         NestError: transformers cannot build the architecture without running the repository's own code.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise NestError(f"cannot load the model `{folder}` ({str(error).splitlines()[0]})") from error
     model.requires_grad_(False)
     # logits_to_keep hands the head a strided slice; on a CPU torch then copies the head once a batch row (half the time

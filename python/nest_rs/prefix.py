@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
 
 def shared_prefix(ids: Sequence[list[int]]) -> list[int]:
     """The longest opening of all prompts that leaves each at least one token of its own."""
-    prefix: list[int] = commonprefix(list(ids))
-    return prefix[: min(map(len, ids)) - 1]
+    first, last = min(ids), max(ids)  # in lexical order: what these two share, all share
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: min(shared, min(map(len, ids)) - 1)]
 
 
 def prefix_cache(model: nn.Module, prefix: torch.Tensor) -> Any:

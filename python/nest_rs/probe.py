@@ -104,7 +104,9 @@ def collect_activations(
                 lengths = torch.tensor([len(row) for row in rest], device=model.device)
                 mask = torch.arange(width, device=model.device) < lengths[:, None]
                 whole = torch.cat([mask.new_ones(len(rest), len(prefix)), mask], dim=1).long()
-                model(input_ids=tokens, attention_mask=whole, past_key_values=repeated(cache, len(rest)), logits_to_keep=1)
+                model(
+                    input_ids=tokens, attention_mask=whole, past_key_values=repeated(cache, len(rest)), logits_to_keep=1
+                )
                 for module, values in pooled.items():
                     _check_finite(module, values)
                     store.write(module, start, values.cpu())

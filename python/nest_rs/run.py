@@ -21,7 +21,7 @@ from nest_rs.config import TuneConfig, build_config, read_yaml
 from nest_rs.errors import NestError
 from nest_rs.evaluate.refusal import evaluate_refusal
 from nest_rs.evaluate.suites import load_suites
-from nest_rs.evaluate.utility import measure_utility
+from nest_rs.evaluate.utility import check_utility, measure_utility
 from nest_rs.export import check_parity, export_onnx, require_onnx
 from nest_rs.files import new_folder, read_json, write_json
 from nest_rs.fold import merge_folder
@@ -406,6 +406,7 @@ def run_all(config: TuneConfig) -> dict[str, Any]:
     if config.export:
         require_onnx()
     load_suites(config.suite, config.limit)  # a wrong name should fail now, not after training
+    check_utility(config.utility)
     load_prompts(config.prompts)
     run = Run.start(config)
     for name in STAGES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def check_utility(paths: Iterable[Path]) -> None:
+    """Fail early, before a model is loaded, if a file cannot be scored.
+
+    Raises:
+        NestError: missing, or of another kind.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise NestError(f"no such utility file: `{path}`", mend="give a .jsonl choice set or a .txt file")
+        if path.suffix not in (".jsonl", ".txt"):
+            raise NestError(f"cannot score `{path}`", mend="give a .jsonl choice set or a .txt file")
+
+
 def measure_utility(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, limit: int | None = None
 ) -> dict[str, Any]:
@@ -25,13 +39,10 @@ def measure_utility(
     Raises:
         NestError: missing, or of another kind.
     """
-    if not path.is_file():
-        raise NestError(f"no such utility file: `{path}`", mend="give a .jsonl choice set or a .txt file")
+    check_utility([path])
     if path.suffix == ".jsonl":
         return choice_accuracy(model, tokenizer, path, limit=limit)
-    if path.suffix == ".txt":
-        return perplexity(model, tokenizer, path.read_text(encoding="utf-8"), limit=limit)
-    raise NestError(f"cannot score `{path}`", mend="give a .jsonl choice set or a .txt file")
+    return perplexity(model, tokenizer, path.read_text(encoding="utf-8"), limit=limit)
 
 
 @torch.inference_mode()
