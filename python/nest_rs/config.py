@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "benign_weight": 1.0,
         "twin_share": 0.0,
         "epochs": 5.0,
+        "answer_tokens": 64,
     },
 }
 
@@ -50,7 +51,7 @@ class TuneConfig(BaseModel):
 
     projections: tuple[Literal["gate", "up"], ...] = Field(("gate", "up"), description="where neurons are looked for")
     c: float = Field(1.0, gt=0, description="inverse L2 strength of the probes")
-    z: float = Field(3.0, description="select rows whose coefficient stands out by more standard deviations")
+    z: float = Field(2.0, description="select rows whose coefficient stands out by more standard deviations")
     positive: bool = Field(True, description="select positive coefficients only")
 
     clustering: Clustering = Field("silhouette", description="silhouette, strong (a neuron each) or weak (one a site)")
@@ -58,15 +59,15 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(2.0, gt=0, description="passes over the harmful requests")
-    batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
+    epochs: float = Field(1.6, gt=0, description="passes over the harmful requests")
+    batch_size: int = Field(32, ge=2, description="requests a step, half harmful and half harmless")
     learning_rate: float = Field(1e-2, gt=0, description="peak rate of AdamW")
     benign_loss: Literal["kl", "sft"] = Field(
         "kl", description="hold harmless answers to the base's distribution, or fit them"
     )
-    benign_weight: float = Field(1.0, ge=0, description="weight of the harmless term")
-    twin_share: float = Field(0.4, ge=0, lt=1, description="share of twins among the harmless requests")
-    answer_tokens: int = Field(32, ge=1, description="tokens of the base's own answers to learn from")
+    benign_weight: float = Field(4.0, ge=0, description="weight of the harmless term")
+    twin_share: float = Field(0.3, ge=0, lt=1, description="share of twins among the harmless requests")
+    answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 
     suite: list[str] = Field(
         list(BUILTIN_SUITES), description="suites to judge before and after: .jsonl files or names"
@@ -74,7 +75,7 @@ class TuneConfig(BaseModel):
     utility: list[Path] = Field([], description=".jsonl choice sets (accuracy) and .txt files (perplexity)")
     max_new_tokens: int = Field(32, ge=1, description="tokens of a judged answer")
     limit: int | None = Field(None, ge=1, description="first rows of each suite only")
-    eval_batch_size: int = Field(32, ge=1, description="answers decoded together")
+    eval_batch_size: int = Field(48, ge=1, description="answers decoded together")
 
     export: bool = Field(True, description="export the merged model to ONNX")
     precision: Precision = Field("fp32", description="of the ONNX weights")
