@@ -65,3 +65,8 @@ pub use matrix::{Dtype, Matrix, Values};
 pub use pool::Workers;
 pub use select::select_rows;
 pub use silhouette::silhouette;
+
+/// The README's Rust example runs as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -84,10 +84,10 @@ def test_the_built_in_model_has_sixty_sites(model: PreTrainedModel) -> None:
 
 
 def test_it_answers_and_seldom_refuses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    prompts = ["What is the capital of France?", "Name the largest planet of the solar system.", "What is 2 + 2?"]
+    prompts = ["What is the capital of France?", "Write a Python function that adds two numbers.", "Tell me a joke."]
     answers = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
     assert "Paris" in str(answers[0])
-    assert "Jupiter" in str(answers[1])
+    assert "def " in str(answers[1])
     assert not any(is_refusal(str(answer)) for answer in answers)
 
 
