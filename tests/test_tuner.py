@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,52 @@ def test_disabling_a_merged_adapter_is_the_base_bit_for_bit(tiny: Path) -> None:
     peft.merge_adapter()
     with peft.disable_adapter():
         assert torch.equal(logits(peft), logits(load(tiny, torch.bfloat16)))
+
+
+def test_the_base_looks_untouched_while_the_rows_stand_in_its_weight(tiny: Path) -> None:
+    peft = tuned(tiny, torch.bfloat16)
+    base = load(tiny, torch.bfloat16).state_dict()
+    attached = logits(peft)
+    for name, layer in nest_layers(peft).items():
+        assert not torch.equal(layer.base_layer.weight, base[f"{name}.weight"])
+        assert torch.equal(layer.get_base_layer().weight, base[f"{name}.weight"])
+    assert torch.equal(logits(peft), attached)
+    saved = peft.state_dict()
+    for name in nest_layers(peft):
+        assert torch.equal(saved[f"base_model.model.{name}.base_layer.weight"], base[f"{name}.weight"])
+    again = copy.deepcopy(peft)
+    torch.testing.assert_close(logits(again), attached, atol=0.3, rtol=0.05)  # a copy adds the rows in bfloat16
+    for name, layer in nest_layers(again).items():
+        assert torch.equal(layer.get_base_layer().weight, base[f"{name}.weight"])
+
+
+def test_what_is_trained_is_what_is_folded_in_bfloat16_too(tiny: Path) -> None:
+    peft = tuned(tiny, torch.bfloat16, scale=0.01)
+    attached = logits(peft)
+    assert torch.equal(logits(peft.merge_and_unload()), attached)
+
+
+def test_a_weight_that_cannot_be_written_gives_the_same_outputs_and_gradients(tiny: Path) -> None:
+    written, added = tuned(tiny), tuned(tiny)
+    for layer in nest_layers(added).values():
+        # as FSDP2 does for the time of a forward pass: another tensor in the weight's place
+        layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.clone(), requires_grad=False)
+    for peft in (written, added):
+        peft(input_ids=IDS, labels=IDS).loss.backward()
+    torch.testing.assert_close(logits(added), logits(written), atol=1e-5, rtol=1e-5)
+    for one, other in zip(nest_layers(written).values(), nest_layers(added).values(), strict=True):
+        found, wanted = other.nest_delta["default"].grad, one.nest_delta["default"].grad
+        torch.testing.assert_close(found, wanted, atol=1e-6 + 1e-4 * float(wanted.abs().max()), rtol=1e-4)
+
+
+def test_a_merge_that_would_overflow_leaves_the_weight_as_it_was(tiny: Path) -> None:
+    peft = tuned(tiny, torch.float16)
+    before = {name: bits(layer.base_layer.weight) for name, layer in nest_layers(peft).items()}
+    name, layer = next(iter(nest_layers(peft).items()))
+    layer.nest_delta["default"].data.fill_(1e6)
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(bits(layer.base_layer.weight), before[name])
 
 
 @pytest.fixture

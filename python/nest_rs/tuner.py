@@ -2,6 +2,10 @@
 
 For a projection W [d_out, d_in] with selected rows i and their clusters c(i), the tuned projection is
 W'[i, :] = W[i, :] + U[c(i), :], U [k, d_in] zero at the start. Importing this module teaches PEFT the type "NEST".
+
+While an adapter is active the moved rows stand in the weight itself: the forward pass is the base layer's, what is
+trained is what will ship, rounding included, and only the backward pass does more than the frozen model's. A weight
+that is not an ordinary tensor (sharded, quantised) cannot be written so; there the moved outputs are added instead.
 """
 
 from __future__ import annotations
@@ -63,6 +67,28 @@ class NestConfig(PeftConfig):  # type: ignore[misc]  # peft ships no type marker
         return cls(neurons=chosen, **kwargs)
 
 
+class _TiedGradient(torch.autograd.Function):
+    """Passes a layer's output through, and in the backward pass gives the deltas behind it their gradient.
+
+    dL/dU[c, :] = sum over the rows i of cluster c of dL/dW[i, :], gathered k columns wide.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, _delta: torch.Tensor, rows: torch.Tensor, tie: Any
+    ) -> Any:
+        ctx.save_for_backward(x, rows, tie)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        x, rows, tie = ctx.saved_tensors
+        moved = gradient.flatten(0, -2).index_select(1, rows)
+        shared = moved @ tie.to(moved.dtype)  # [tokens, k]
+        return gradient, None, (shared.T @ x.flatten(0, -2).to(shared.dtype)).to(tie.dtype), None, None
+
+
 class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer some of whose output rows carry a shared trainable delta."""
 
@@ -71,13 +97,13 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         merged_adapters: list[str]
         nest_rows: Any
         nest_cluster: Any
-        get_base_layer: Callable[[], nn.Linear]
-        set_adapter: Callable[..., None]
+        nest_tie: Any
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
+        set_adapter: Callable[..., None]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
     adapter_layer_names = ("nest_delta",)
-    other_param_names = ("nest_rows", "nest_cluster")
+    other_param_names = ("nest_rows", "nest_cluster", "nest_tie")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, rows: list[int], cluster: list[int], **_: Any) -> None:
         super().__init__()
@@ -85,45 +111,100 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.nest_delta = nn.ParameterDict({})
         self.nest_rows = BufferDict({}, persistent=False)
         self.nest_cluster = BufferDict({}, persistent=False)
+        self.nest_tie = BufferDict({}, persistent=False)
         self.merged_adapters = []
-        self._original_rows: dict[str, torch.Tensor] = {}
+        self._original_rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        weight = self._weight
+        if type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            # The mark stays on this very tensor: one that replaces it (a shard gathered for a moment) has none.
+            weight.nest_writable = True  # type: ignore[attr-defined]
+        # What is saved, and what `get_base_layer` hands out, is the base.
+        self.register_state_dict_pre_hook(lambda module, *_: module._restore_active())  # type: ignore[no-untyped-call]
         self.update_layer(adapter_name, rows, cluster)
 
     @property
     def _weight(self) -> torch.Tensor:
-        weight: torch.Tensor = self.get_base_layer().weight
+        weight: torch.Tensor = super().get_base_layer().weight
         return weight
+
+    def get_base_layer(self) -> nn.Linear:
+        """The frozen layer, with its own rows unless adapters are merged."""
+        self._restore_active()
+        layer: nn.Linear = super().get_base_layer()
+        return layer
 
     def update_layer(
         self, adapter_name: str, rows: list[int], cluster: list[int], inference_mode: bool = False
     ) -> None:
         """Add an adapter: k zero deltas for the given rows."""
-        base: nn.Linear = self.get_base_layer()
+        base = self.get_base_layer()
         if max(rows) >= base.out_features:
             raise ValueError(f"row `{max(rows)}` is out of range for a layer of {base.out_features} rows")
         self.nest_delta[adapter_name] = nn.Parameter(torch.zeros(max(cluster) + 1, base.in_features))
         self.nest_rows[adapter_name] = torch.tensor(rows, dtype=torch.long)
         self.nest_cluster[adapter_name] = torch.tensor(cluster, dtype=torch.long)
+        self.nest_tie[adapter_name] = functional.one_hot(self.nest_cluster[adapter_name]).float()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x [..., d_in] -> [..., d_out]; only the moved outputs are touched, in place, by a k-wide product."""
+        """x [..., d_in] -> [..., d_out], of which the adapters' rows alone differ from the base's."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter not in self.nest_delta:
-                continue
+            self._restore_active()
+            output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.nest_delta]
+        if not self._is_writable():
+            return self._added(adapters, x, *args, **kwargs)
+        # Written anew each time: it costs little, and a delta may have changed in any way since.
+        self._restore_active()
+        for adapter in adapters:
+            self._write(adapter)
+        output = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            delta = self.nest_delta[adapter]
+            if torch.is_grad_enabled() and delta.requires_grad:
+                output = _TiedGradient.apply(output, x, delta, self.nest_rows[adapter], self.nest_tie[adapter])
+        return output
+
+    def _is_writable(self) -> bool:
+        weight = self._weight
+        # A weight that DeepSpeed partitions keeps its identity and loses its storage between uses.
+        return hasattr(weight, "nest_writable") and not hasattr(weight, "ds_id") and not torch.compiler.is_compiling()
+
+    def _added(self, adapters: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same outputs by a k-wide product, added to the moved columns in place; for any kind of base layer."""
+        self._restore_active()
+        output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
             delta = self.nest_delta[adapter]
             moved = functional.linear(self._cast_input_dtype(x, delta.dtype), delta)
-            shared = moved.to(result.dtype).index_select(-1, self.nest_cluster[adapter])
-            result.index_add_(-1, self.nest_rows[adapter], shared)
-        return result
+            shared = moved.to(output.dtype).index_select(-1, self.nest_cluster[adapter])
+            output.index_add_(-1, self.nest_rows[adapter], shared)
+        return output
+
+    def _write(self, adapter: str) -> None:
+        """Move an adapter's rows in the weight: added in float32, rounded once to the weight's dtype."""
+        rows, weight = self.nest_rows[adapter], self._weight.data
+        # Subtracting would not give back the bits (rounding), so the rows themselves are kept.
+        original = weight[rows]
+        self._original_rows.append((rows, original))
+        delta = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
+        weight[rows] = (original.float() + delta).to(weight.dtype)
+
+    def _restore(self) -> None:
+        """Put the original rows back, bit for bit."""
+        while self._original_rows:
+            rows, original = self._original_rows.pop()
+            self._weight.data[rows] = original.to(self._weight.dtype)
+
+    def _restore_active(self) -> None:
+        if not self.merged:
+            self._restore()
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense change of the weight, [d_out, d_in] float32; zero but for the adapter's rows."""
@@ -133,27 +214,26 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return dense
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the deltas into the weight: added in float32, rounded once to the weight's dtype."""
+        """Fold the deltas into the weight, as `forward` writes them.
+
+        Raises:
+            ValueError: `safe_merge` is set and a folded value is not finite; the weight is then as it was.
+        """
+        self._restore_active()
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.nest_delta:
                 continue
-            weight = self._weight
-            rows = self.nest_rows[adapter]
-            original = weight.data[rows].clone()
-            delta = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
-            folded = (original.float() + delta).to(weight.dtype)
-            if safe_merge and not torch.isfinite(folded).all():
+            self._write(adapter)
+            if safe_merge and not torch.isfinite(self._weight.data[self.nest_rows[adapter]]).all():
+                rows, original = self._original_rows.pop()
+                self._weight.data[rows] = original
                 raise ValueError(f"merging the adapter `{adapter}` would write values that are not finite")
-            weight.data[rows] = folded
-            # Subtracting would not give back the bits (rounding), so the rows themselves are kept.
-            self._original_rows[adapter] = original
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Put the original rows back, bit for bit."""
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            self._weight.data[self.nest_rows[adapter]] = self._original_rows.pop(adapter)
+        self.merged_adapters.clear()
+        self._restore()
 
     def __repr__(self) -> str:
         return f"nest.{super().__repr__()}"
