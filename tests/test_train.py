@@ -16,13 +16,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conftest import write_tiny_model
 from nest_rs import NestConfig, NestError
+from nest_rs.evaluate.generate import Answer
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.models import Base, load_model
 from nest_rs.prefix import shared_prefix
 from nest_rs.prompts import Prompt, encode, refusals, render
 from nest_rs.sites import find_sites
-from nest_rs.targets import choose_benign, helpful_examples, own_answers, refusal_examples
-from nest_rs.train import IGNORED, Example, Steps, answer_logits, collate, kl_loss, sft_loss, train_deltas
+from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, refusal_examples
+from nest_rs.train import (
+    IGNORED,
+    Example,
+    Steps,
+    answer_logits,
+    base_logits,
+    collate,
+    kl_loss,
+    sft_loss,
+    token_weights,
+    train_deltas,
+)
+from nest_rs.whiten import WhitenedAdamW, whitenings
 
 CPU = torch.device("cpu")
 PAD = 0
@@ -161,11 +174,18 @@ def test_the_divergence_is_zero_for_equal_logits_and_equals_torchs() -> None:
     labels[2, 1:] = IGNORED
     kept = labels != IGNORED
     wanted = kl_divergence(Categorical(logits=base[kept]), Categorical(logits=tuned[kept])).mean()
-    assert float(kl_loss(tuned, base, labels)) == pytest.approx(float(wanted), rel=1e-5)
-    assert float(kl_loss(base, base, labels)) == pytest.approx(0, abs=1e-6)
+    assert float(kl_loss(tuned, base[kept], labels)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(kl_loss(base, base[kept], labels)) == pytest.approx(0, abs=1e-6)
     # what stands beyond the answers does not count
     tuned[~kept] = 77.0
-    assert float(kl_loss(tuned, base, labels)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(kl_loss(tuned, base[kept], labels)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_the_first_tokens_get_their_share() -> None:
+    labels = torch.tensor([[5, 6, 7], [5, IGNORED, IGNORED]])
+    assert token_weights(labels, 0.0).flatten().tolist() == pytest.approx([0.25, 0.25, 0.25, 0.25, 0, 0])
+    assert token_weights(labels, 0.6).flatten().tolist() == pytest.approx([0.3, 0.2, 0.2, 0.3, 0, 0])
+    assert token_weights(labels[:, :1], 0.6).flatten().tolist() == pytest.approx([0.5, 0.5])
 
 
 def name_of(item: Example) -> int:
@@ -177,9 +197,31 @@ def test_steps_hold_as_many_of_both_classes() -> None:
     assert len(steps) == 7
     for index in range(7):
         item = steps[index]
-        assert set(item) == {"harmful", "benign"}
-        assert item["harmful"]["input_ids"].shape[0] == item["benign"]["input_ids"].shape[0] == 4
-        assert item["harmful"]["prefix"].tolist() == item["benign"]["prefix"].tolist() == [[1, 20, 21]]
+        assert item["input_ids"].shape[0] == 8
+        assert item["refuse"].tolist() == [True] * 4 + [False] * 4
+        assert item["prefix"].tolist() == [[1, 20, 21]]
+        assert "states" not in item
+
+
+def test_a_step_carries_the_hidden_states_of_its_harmless_answers() -> None:
+    keep = [Example(item.prompt, item.answer, torch.randn(len(item.answer), 6)) for item in examples(9, 2)]
+    steps = Steps(examples(13, 1), keep, batch_size=8, steps=3, seed=0, pad=PAD)
+    for index in range(3):
+        item = steps[index]
+        chosen = steps.steps[index]["benign"]
+        assert torch.equal(item["states"], torch.cat([example.states for example in chosen]))
+        kept = item["labels"][~item["refuse"]] != IGNORED
+        assert len(item["states"]) == kept.sum()
+
+
+def test_batches_that_meet_are_of_like_length() -> None:
+    steps = Steps(examples(64, 5), examples(64, 6), batch_size=16, steps=8, seed=0, pad=PAD)
+
+    def longest(kind: str) -> list[int]:
+        return [max(len(item.prompt) for item in step[kind]) for step in steps.steps]
+
+    rank = sorted(range(8), key=lambda i: (longest("harmful")[i], longest("benign")[i]))
+    assert [longest("benign")[i] for i in rank] == sorted(longest("benign"))
 
 
 def test_an_epoch_uses_each_harmful_example_once_but_for_the_remainder() -> None:
@@ -239,6 +281,7 @@ def train(
     benign_loss: Literal["kl", "sft"] = "kl",
     stop_at: int | None = None,
     resume: bool = False,
+    whitening: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, float]]:
     done = 0
 
@@ -258,6 +301,7 @@ def train(
         benign_weight=1.0,
         seed=0,
         resume=resume,
+        whitening=whitening,
         progress=progress,
     )
 
@@ -265,8 +309,8 @@ def train(
 def total_loss(model: PeftModel, steps: Steps) -> float:
     with torch.no_grad():
         return sum(
-            float(sft_loss(answer_logits(model, steps[i]["harmful"]), steps[i]["harmful"]["labels"]))
-            for i in range(len(steps))
+            float(sft_loss(answer_logits(model, step)[step["refuse"]], step["labels"][step["refuse"]]))
+            for step in map(steps.__getitem__, range(len(steps)))
         )
 
 
@@ -308,10 +352,10 @@ def test_the_harmless_term_keeps_the_tuned_model_near_its_base(
             seed=0,
         )
         with torch.no_grad():
-            batch = steps[0]["benign"]
-            tuned = answer_logits(model, batch)
-            with model.disable_adapter():
-                drift[weight] = float(kl_loss(tuned, answer_logits(model, batch), batch["labels"]))
+            batch = steps[0]
+            benign = ~batch["refuse"]
+            tuned = answer_logits(model, batch)[benign]
+            drift[weight] = float(kl_loss(tuned, base_logits(model, batch), batch["labels"][benign]))
     assert 0 < drift[5.0] < drift[0.0] / 2
 
 
@@ -340,6 +384,63 @@ def test_a_resumed_training_gives_the_same_bits(tiny: Path, tokenizer: PreTraine
         assert torch.equal(deltas(resumed)[name], values), name
 
 
+@pytest.fixture
+def whitening(tiny: Path) -> dict[str, torch.Tensor]:
+    model = load_model(tiny, device=CPU, dtype=torch.float32)
+    ids = [item.prompt for item in examples(40, 7)]
+    return whitenings(model, find_sites(model), ids, damping=1e-6, pad=PAD)
+
+
+def test_whitened_inputs_have_unit_moments(tiny_model: PreTrainedModel) -> None:
+    ids = [item.prompt + item.answer for item in examples(60, 8)]
+    found = whitenings(tiny_model, find_sites(tiny_model), ids, damping=1e-9, pad=PAD, batch_tokens=64)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+    modules = dict(tiny_model.named_modules())
+    for name in found:
+        modules[name].register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0][0, 3:]))
+    with torch.no_grad():
+        for row in ids:
+            tiny_model(input_ids=torch.tensor([row]))
+    for name, a in found.items():
+        tokens = torch.cat(seen[name]) @ a
+        moment = tokens.T @ tokens / len(tokens)
+        torch.testing.assert_close(moment, torch.eye(len(a)), atol=2e-2, rtol=0)
+
+
+def test_a_whitened_step_is_adam_in_the_whitened_coordinates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator) * torch.tensor([9, 3, 1, 1, 0.3, 0.1])
+    wanted = torch.randn(50, 2, generator=generator)
+    a = torch.linalg.inv(x.T @ x / 50 + torch.eye(6))  # symmetric and positive definite
+    u = torch.nn.Parameter(torch.randn(2, 6, generator=generator))
+    v = torch.nn.Parameter(torch.linalg.solve(a, u.detach().T).T)
+    ours = WhitenedAdamW([(u, a)], lr=0.1, weight_decay=0.0)
+    plain = torch.optim.AdamW([v], lr=0.1, weight_decay=0.0)
+    for _ in range(20):
+        for optimizer, delta in ((ours, lambda: u), (plain, lambda: v @ a)):
+            optimizer.zero_grad()
+            (x @ delta().T - wanted).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(u, v @ a, atol=1e-3, rtol=1e-3)
+
+
+def test_a_resumed_whitened_training_gives_the_same_bits(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, whitening: dict[str, torch.Tensor]
+) -> None:
+    unbroken = peft_model(tiny)
+    train(unbroken, tokenizer, make_steps(steps=12), tmp_path / "unbroken", whitening=whitening)
+    raw = peft_model(tiny)
+    train(raw, tokenizer, make_steps(steps=12), tmp_path / "raw")
+    broken = peft_model(tiny)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, tokenizer, make_steps(steps=12), tmp_path / "broken", stop_at=8, whitening=whitening)
+    resumed = peft_model(tiny)
+    train(resumed, tokenizer, make_steps(steps=12), tmp_path / "broken", resume=True, whitening=whitening)
+    for name, values in deltas(unbroken).items():
+        assert torch.equal(deltas(resumed)[name], values), name
+        assert not torch.equal(deltas(raw)[name], values)
+
+
 # What is learned.
 
 
@@ -364,15 +465,17 @@ def test_harmful_requests_get_refusals_that_end(tokenizer: PreTrainedTokenizerBa
 
 def test_refused_and_missing_answers_are_not_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = ask("a", "b", "c", "d", "e", kind="benign")
-    answers = ["Bread takes time to bake.", "I can't help with that.", None, "", "I'm sorry to hear that."]
+    texts = ["Bread takes time to bake.", "I can't help with that.", "", "I'm sorry to hear that."]
+    answers: list[Answer | None] = [*given_answers(tokenizer, texts), None]
     found = helpful_examples(tokenizer, prompts, answers, room=200, max_tokens=4)
     assert [item.prompt for item in found] == encode(tokenizer, [render(tokenizer, "a")])
     assert found[0].answer == encode(tokenizer, ["Bread takes time to bake."])[0][:4]
 
 
 def test_a_base_that_refuses_everything_is_a_clear_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    answers = given_answers(tokenizer, ["I can't help with that."])
     with pytest.raises(NestError, match="the base refuses every harmless request"):
-        helpful_examples(tokenizer, ask("a", kind="benign"), ["I can't help with that."], room=200, max_tokens=4)
+        helpful_examples(tokenizer, ask("a", kind="benign"), answers, room=200, max_tokens=4)
 
 
 def test_harmless_requests_are_chosen_by_share_and_seed() -> None:
@@ -396,12 +499,17 @@ def test_own_answers_are_computed_once(
     prompts = ask("why?", "bake bread", kind="benign")
     first = own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
     longer = own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=9, batch_size=2)
-    assert longer != first
+    assert [len(answer.tokens) for answer in longer if answer] > [len(answer.tokens) for answer in first if answer]
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model was asked again")
 
     monkeypatch.setattr(tiny_model, "generate", never)
-    assert own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=6, batch_size=2) == first
+    again = own_answers(base, tiny_model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
+    for one, other in zip(first, again, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.tokens == other.tokens
+        assert torch.equal(one.states, other.states)
     with pytest.raises(AssertionError, match="asked again"):
         own_answers(base, tiny_model, tokenizer, prompts[::-1], max_new_tokens=6, batch_size=2)

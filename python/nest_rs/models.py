@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,6 +270,29 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+@contextmanager
+def head_inputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collects what the output head reads, one tensor a forward pass."""
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def head_makes_logits(model: PreTrainedModel) -> bool:
+    """Whether the logits are what the head gives, with no cap or scale behind it (Gemma 2 and Cohere have one)."""
+    import torch
+
+    tokens = torch.tensor([[0, 1]], device=model.device)
+    with torch.no_grad(), head_inputs(model) as seen:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        made = model.get_output_embeddings()(seen[0])
+    return torch.equal(logits, made)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

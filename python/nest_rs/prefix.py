@@ -46,3 +46,30 @@ def repeated(cache: Any, rows: int) -> Any:
     batch.layers = [copy.copy(layer) for layer in cache.layers]
     batch.batch_repeat_interleave(rows)
     return batch
+
+
+def budgeted(ids: Sequence[list[int]], budget: int) -> list[list[list[int]]]:
+    """Consecutive runs of prompts whose padded size stays within a budget of tokens."""
+    batches: list[list[list[int]]] = []
+    for row in ids:
+        if batches and max(len(row), *map(len, batches[-1])) * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def behind_prefix(
+    batch: Sequence[list[int]], prefix: Sequence[int], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The prompts' own tokens, padded on the right.
+
+    Returns:
+        Token ids [n, width]; which are not padding, bool [n, width]; the attention mask, int64 [n, prefix + width].
+    """
+    rest = [row[len(prefix) :] for row in batch]
+    width = max(map(len, rest))
+    tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rest], device=device)
+    lengths = torch.tensor([len(row) for row in rest], device=device)
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    return tokens, mask, torch.cat([mask.new_ones(len(rest), len(prefix)), mask], dim=1).long()

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from nest_rs.errors import NestError
 from nest_rs.files import replacing
 from nest_rs.numeric import ActivationStore, pooled_stats
-from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
 from nest_rs.progress import track
 
 if TYPE_CHECKING:
@@ -97,16 +97,10 @@ def collect_activations(
             cache = prefix_cache(model, first)
             opening.update(pooled)
             start = 0
-            for batch in _batches(ids, batch_tokens):
-                rest = [row[len(prefix) :] for row in batch]
-                width = max(map(len, rest))
-                tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rest], device=model.device)
-                lengths = torch.tensor([len(row) for row in rest], device=model.device)
-                mask = torch.arange(width, device=model.device) < lengths[:, None]
-                whole = torch.cat([mask.new_ones(len(rest), len(prefix)), mask], dim=1).long()
-                model(
-                    input_ids=tokens, attention_mask=whole, past_key_values=repeated(cache, len(rest)), logits_to_keep=1
-                )
+            for batch in budgeted(ids, batch_tokens):
+                tokens, mask, attended = behind_prefix(batch, prefix, pad, model.device)
+                inputs = {"input_ids": tokens, "attention_mask": attended}
+                model(**inputs, past_key_values=repeated(cache, len(batch)), logits_to_keep=1)
                 for module, values in pooled.items():
                     _check_finite(module, values)
                     store.write(module, start, values.cpu())
@@ -124,17 +118,6 @@ def _check_finite(module: str, values: torch.Tensor) -> None:
 
 def _not_finite(module: str) -> NestError:
     return NestError(f"the activations of `{module}` are not finite", mend="check the weights, or use --dtype float32")
-
-
-def _batches(ids: Sequence[list[int]], budget: int) -> list[list[list[int]]]:
-    """Consecutive runs of prompts whose padded size stays within the budget."""
-    batches: list[list[list[int]]] = []
-    for row in ids:
-        if batches and max(len(row), *map(len, batches[-1])) * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 def fit_probes(

@@ -187,7 +187,7 @@ class Run:
         import torch
         from peft import get_peft_model
 
-        from nest_rs.targets import choose_benign, helpful_examples, own_answers, refusal_examples
+        from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, refusal_examples
         from nest_rs.train import Steps, train_deltas
         from nest_rs.tuner import NestConfig
 
@@ -207,11 +207,17 @@ class Run:
             max_new_tokens=config.answer_tokens,
             batch_size=config.eval_batch_size,
         )
-        given = dict(zip((item.id for item in asked), answers, strict=True))
+        told = [item for item in chosen if item.response is not None]
+        known = dict(zip((item.id for item in asked), answers, strict=True))
+        known |= zip(
+            (item.id for item in told),
+            given_answers(self.tokenizer, [str(item.response) for item in told]),
+            strict=True,
+        )
         benign = helpful_examples(
             self.tokenizer,
             chosen,
-            [given.get(item.id, item.response) for item in chosen],
+            [known[item.id] for item in chosen],
             room=room,
             max_tokens=config.answer_tokens,
         )

@@ -6,13 +6,17 @@ import hashlib
 import logging
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from nest_rs.errors import NestError
-from nest_rs.evaluate.generate import generate
+from nest_rs.evaluate.generate import Answer, decode
 from nest_rs.evaluate.judge import is_apology, is_refusal
-from nest_rs.files import read_json, write_json
-from nest_rs.models import Base, cache_dir
+from nest_rs.files import replacing
+from nest_rs.models import Base, cache_dir, head_makes_logits
 from nest_rs.prompts import Prompt, encode, fitting, refusals, render
 from nest_rs.train import Example
 
@@ -30,22 +34,58 @@ def own_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
-) -> list[str | None]:
-    """The base's greedy answers, from the cache where the same base has answered the same prompts before."""
+) -> list[Answer | None]:
+    """The base's greedy answers, from the cache where the same base has answered the same prompts before.
+
+    Each carries the hidden states it was read from, unless the base's logits are more than its head makes of them.
+    """
     key = hashlib.sha256(
         "\0".join(
             [base.fingerprint(), str(model.dtype), str(max_new_tokens), *(item.prompt for item in prompts)]
         ).encode()
     ).hexdigest()
-    path = cache_dir() / "answers" / f"{key[:32]}.json"
-    if path.is_file():
-        cached: list[str | None] = read_json(path)
-        return cached
-    texts = [item.prompt for item in prompts]
-    answers = generate(
-        model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, label="base answers"
-    )
-    write_json(path, answers)
+    path = cache_dir() / "answers" / f"{key[:32]}.safetensors"
+    if not path.is_file():
+        answers = decode(
+            model,
+            tokenizer,
+            [item.prompt for item in prompts],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            label="base answers",
+            states=head_makes_logits(model),
+        )
+        _write_answers(answers, path)
+    return _read_answers(path)
+
+
+def _write_answers(answers: Sequence[Answer | None], path: Path) -> None:
+    """One row an answered token, the answers one behind the other; a prompt that was not answered has -1 tokens."""
+    told = [answer for answer in answers if answer is not None]
+    tensors = {
+        "lengths": torch.tensor([-1 if answer is None else len(answer.tokens) for answer in answers]),
+        "tokens": torch.tensor([token for answer in told for token in answer.tokens], dtype=torch.int32),
+    }
+    states = [answer.states for answer in told if answer.states is not None]
+    if states:
+        tensors["states"] = torch.cat(states)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch:
+        save_file(tensors, scratch)
+
+
+def _read_answers(path: Path) -> list[Answer | None]:
+    tensors = load_file(path)
+    answers: list[Answer | None] = []
+    start = 0
+    for length in tensors["lengths"].tolist():
+        if length < 0:
+            answers.append(None)
+            continue
+        rows = slice(start, start + length)
+        states = tensors["states"][rows] if "states" in tensors else None
+        answers.append(Answer(tensors["tokens"][rows].tolist(), states))
+        start += length
     return answers
 
 
@@ -65,37 +105,39 @@ def refusal_examples(
     """Harmful requests, each with its own response or one of the refusal texts."""
     rng = random.Random(seed)
     texts = refusals()
-    answers = [item.response or rng.choice(texts) for item in prompts]
-    return _examples(tokenizer, prompts, answers, room=room, ended=True)
+    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
+    told = encode(tokenizer, [item.response or rng.choice(texts) for item in prompts])
+    fit = fitting(asked, [item.id for item in prompts], room)
+    return [Example(asked[index], [*told[index], tokenizer.eos_token_id]) for index in fit]
 
 
 def helpful_examples(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    answers: Sequence[str | None],
+    answers: Sequence[Answer | None],
     *,
     room: int,
     max_tokens: int,
 ) -> list[Example]:
     """Harmless requests with helpful answers; those to which the base itself refused or apologised are left out."""
-    helpful = [
-        (item, answer)
-        for item, answer in zip(prompts, answers, strict=True)
-        if answer and not is_refusal(answer) and not is_apology(answer)
+    texts = [
+        "" if answer is None else tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+        for answer in answers
     ]
-    log.info("%d of %d harmless requests have a helpful answer of the base", len(helpful), len(prompts))
-    if not helpful:
+    kept = [i for i, text in enumerate(texts) if text and not is_refusal(text) and not is_apology(text)]
+    log.info("%d of %d harmless requests have a helpful answer of the base", len(kept), len(prompts))
+    if not kept:
         raise NestError("the base refuses every harmless request", mend="give prompts with a `response` of their own")
-    kept, texts = zip(*helpful, strict=True)
-    examples = _examples(tokenizer, kept, texts, room=room, ended=False)
-    return [Example(example.prompt, example.answer[:max_tokens]) for example in examples]
+    chosen = [(prompts[i], answer) for i in kept if (answer := answers[i]) is not None]
+    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item, _ in chosen])
+    examples = []
+    for i in fitting(asked, [item.id for item, _ in chosen], room):
+        answer = chosen[i][1]
+        states = None if answer.states is None else answer.states[:max_tokens]
+        examples.append(Example(asked[i], answer.tokens[:max_tokens], states))
+    return examples
 
 
-def _examples(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], answers: Sequence[str], *, room: int, ended: bool
-) -> list[Example]:
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
-    told = encode(tokenizer, answers)
-    end = [tokenizer.eos_token_id] if ended else []
-    fit = fitting(asked, [item.id for item in prompts], room)
-    return [Example(asked[index], told[index] + end) for index in fit]
+def given_answers(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[Answer]:
+    """Answers that came with the prompts."""
+    return [Answer(tokens) for tokens in encode(tokenizer, responses)]

@@ -1,13 +1,14 @@
 """Train the tied deltas with transformers' Trainer (paper section 3.5).
 
-One training item is one optimizer step: a batch of harmful requests with refusals and a batch of harmless requests with
-the base's own answers, each sorted by length so that little is spent on padding.
+One training item is one optimizer step: harmful requests with refusals and as many harmless requests with the base's
+own answers, all of like length, in one forward pass. Only the answers' logits are computed, and the base's own logits
+come from hidden states kept when it answered.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+from nest_rs.whiten import WhitenedAdamW
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,10 +28,17 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """A request and the answer to learn, as token ids."""
+    """A request and the answer to learn, as token ids.
+
+    Attributes:
+        prompt: The request in its chat form.
+        answer: What follows.
+        states: The base's final hidden state before each answer token, [answer, d], where it is known.
+    """
 
     prompt: list[int]
     answer: list[int]
+    states: torch.Tensor | None = None
 
 
 Batch = dict[str, torch.Tensor]
@@ -63,7 +72,7 @@ def collate(examples: Sequence[Example], pad: int, prefix: Sequence[int] = ()) -
     }
 
 
-class Steps(Dataset[dict[str, Batch]]):
+class Steps(Dataset[Batch]):
     """The steps of a run: every harmful example once an epoch, each batch beside as many harmless examples.
 
     Harmless examples are drawn without replacement until all have been seen, then again: both classes weigh the same
@@ -77,14 +86,32 @@ class Steps(Dataset[dict[str, Batch]]):
         rng = random.Random(seed)
         self.pad = pad
         self.prefix = shared_prefix([example.prompt for example in (*harmful, *benign)])
-        pairs = zip(_batches(harmful, half, steps, rng), _batches(benign, half, steps, rng), strict=True)
-        self.steps = [{"harmful": refuse, "benign": keep} for refuse, keep in pairs]
+        refuse, keep = _batches(harmful, half, steps, rng), _batches(benign, half, steps, rng)
+        # Within an epoch of harmful requests, batches of like length meet: less padding.
+        epoch = max(1, len(harmful) // half)
+        for start in range(0, steps, epoch):
+            window = slice(start, min(start + epoch, steps))
+            ranked = sorted(range(start, window.stop), key=lambda i: _length(refuse[i]))
+            for index, batch in zip(ranked, sorted(keep[window], key=_length), strict=True):
+                keep[index] = batch
+        self.steps = [{"harmful": one, "benign": other} for one, other in zip(refuse, keep, strict=True)]
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, index: int) -> dict[str, Batch]:
-        return {kind: collate(examples, self.pad, self.prefix) for kind, examples in self.steps[index].items()}
+    def __getitem__(self, index: int) -> Batch:
+        """What `collate` makes of the step's examples, the harmful ones first; `refuse` [n] says which those are."""
+        refuse, keep = self.steps[index]["harmful"], self.steps[index]["benign"]
+        batch = collate([*refuse, *keep], self.pad, self.prefix)
+        states = [example.states for example in keep if example.states is not None]
+        if len(states) == len(keep):
+            batch["states"] = torch.cat(states)
+        batch["refuse"] = torch.tensor([True] * len(refuse) + [False] * len(keep))
+        return batch
+
+
+def _length(batch: Sequence[Example]) -> int:
+    return max(len(example.prompt) for example in batch)
 
 
 def _batches(examples: Sequence[Example], size: int, count: int, rng: random.Random) -> list[list[Example]]:
@@ -112,18 +139,56 @@ def answer_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def sft_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the answer tokens, float32."""
+def base_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """The base's logits of the harmless answers' tokens, [tokens, vocabulary]."""
+    if "states" in batch:
+        logits: torch.Tensor = model.get_base_model().get_output_embeddings()(batch["states"])
+        return logits
+    benign = ~batch["refuse"]
+    rows = {name: batch[name][benign] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    with model.disable_adapter():
+        return answer_logits(model, {**rows, "prefix": batch["prefix"]})[rows["labels"] != IGNORED]
+
+
+def token_weights(labels: torch.Tensor, first: float) -> torch.Tensor:
+    """How much each answer token counts, [n, answer] float32, in all 1.
+
+    Args:
+        labels: int64 [n, answer], padding -100.
+        first: The share of the first tokens, on which it hangs whether an answer refuses; the others divide the rest.
+            0 weighs every token alike (the ordinary language model loss).
+    """
     kept = labels != IGNORED
-    return functional.cross_entropy(logits[kept].float(), labels[kept])
+    if not first:
+        return kept / kept.sum()
+    rest = kept.clone()
+    rest[:, 0] = False
+    weights = rest * ((1 - first) / rest.sum().clamp(min=1))
+    weights[:, 0] = first / len(labels)
+    return weights / weights.sum()  # where no answer has a second token
 
 
-def kl_loss(logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean KL(base || tuned) over the answer tokens, float32: how far the tuned model leaves the base's own answer."""
+def sft_loss(logits: torch.Tensor, labels: torch.Tensor, first: float = 0.0) -> torch.Tensor:
+    """Cross-entropy of the answer tokens, float32, weighted by `token_weights`."""
+    kept = labels != IGNORED
+    losses = functional.cross_entropy(logits[kept].float(), labels[kept], reduction="none")
+    return losses @ token_weights(labels, first)[kept]
+
+
+def kl_loss(logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, first: float = 0.0) -> torch.Tensor:
+    """KL(base || tuned) of the answer tokens, float32, weighted alike: how far the tuned model leaves the base.
+
+    Args:
+        logits: The tuned model's, [n, answer, vocabulary].
+        base: The base's of the answer tokens that are no padding, [tokens, vocabulary].
+        labels: int64 [n, answer], padding -100.
+        first: See `token_weights`.
+    """
     kept = labels != IGNORED
     tuned = functional.log_softmax(logits[kept].float(), dim=-1)
-    wanted = functional.log_softmax(base[kept].float(), dim=-1)
-    return functional.kl_div(tuned, wanted, log_target=True, reduction="batchmean")
+    wanted = functional.log_softmax(base.float(), dim=-1)
+    losses = functional.kl_div(tuned, wanted, log_target=True, reduction="none").sum(dim=-1)
+    return losses @ token_weights(labels, first)[kept]
 
 
 def train_deltas(
@@ -136,6 +201,8 @@ def train_deltas(
     benign_loss: Literal["kl", "sft"],
     benign_weight: float,
     seed: int,
+    first_weight: float = 0.0,
+    whitening: Mapping[str, torch.Tensor] | None = None,
     bf16: bool = False,
     resume: bool = False,
     progress: Callable[[int], None] = lambda _: None,
@@ -151,6 +218,8 @@ def train_deltas(
         benign_loss: `kl` holds harmless answers to the base's distribution; `sft` is the paper's plain LM loss.
         benign_weight: Weight of the harmless term.
         seed: Seed of the trainer; the order of the data is the steps' own.
+        first_weight: The first answer token's share of the loss; 0 weighs all tokens alike.
+        whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
         bf16: Autocast to bfloat16 (a model already in bfloat16 needs none).
         resume: Go on from the last checkpoint in `output_dir`.
         progress: Called with 1 after each step.
@@ -165,19 +234,30 @@ def train_deltas(
             progress(1)
 
     class NestTrainer(Trainer):  # type: ignore[misc]
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Batch], return_outputs: bool = False, **_: Any
-        ) -> torch.Tensor:
-            refuse = sft_loss(answer_logits(model, inputs["harmful"]), inputs["harmful"]["labels"])
-            benign = inputs["benign"]
+        def compute_loss(self, model: Any, inputs: Batch, return_outputs: bool = False, **_: Any) -> torch.Tensor:
+            refuse, labels = inputs["refuse"], inputs["labels"]
+            logits = answer_logits(model, inputs)
+            loss = sft_loss(logits[refuse], labels[refuse], first_weight)
             if benign_loss == "kl":
-                adapter = self.accelerator.unwrap_model(model)
-                with torch.no_grad(), adapter.disable_adapter():
-                    base = answer_logits(model, benign)
-                keep = kl_loss(answer_logits(model, benign), base, benign["labels"])
+                with torch.no_grad():
+                    base = base_logits(self.accelerator.unwrap_model(model), inputs)
+                keep = kl_loss(logits[~refuse], base, labels[~refuse], first_weight)
             else:
-                keep = sft_loss(answer_logits(model, benign), benign["labels"])
-            return refuse + benign_weight * keep
+                keep = sft_loss(logits[~refuse], labels[~refuse], first_weight)
+            return loss + benign_weight * keep
+
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            if whitening is None:
+                plain: torch.optim.Optimizer = super().create_optimizer(model)
+                return plain
+            pairs = [
+                (parameter, next(a for module, a in whitening.items() if f".{module}.nest_" in f".{name}"))
+                for name, parameter in (self.model if model is None else model).named_parameters()
+                if parameter.requires_grad
+            ]
+            optimizer = WhitenedAdamW(pairs, lr=learning_rate, weight_decay=0.0)
+            self.optimizer = optimizer
+            return optimizer
 
     arguments = TrainingArguments(
         output_dir=output_dir,

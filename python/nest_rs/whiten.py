@@ -1,0 +1,110 @@
+"""Train the deltas in coordinates in which their inputs have unit variance.
+
+A delta reads the residual stream, and the stream's variance lies in a few directions: in raw coordinates a gradient
+step learns those first, and the directions that tell one request from another last. So the optimizer moves V, with
+U = V A and A = (M + damping * mean eigenvalue)^(-1/2), M being the second moment of the layer's inputs over the
+prompts' own tokens. What is trained, stored and folded is still U. The paper steps in raw coordinates (section 3.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nest_rs.sites import Site
+
+
+@torch.no_grad()
+def whitenings(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    ids: Sequence[list[int]],
+    *,
+    damping: float,
+    pad: int,
+    batch_tokens: int = 4096,
+) -> dict[str, torch.Tensor]:
+    """Run the prompts through the base and whiten the inputs of its sites.
+
+    Args:
+        model: The base, in eval mode.
+        sites: Where deltas will be.
+        ids: Token ids of each prompt. The opening that all share is left out of the moments.
+        damping: Added to the eigenvalues, in units of their mean: directions below it count as noise.
+        pad: Padding token.
+        batch_tokens: Tokens a batch may hold, padding included.
+
+    Returns:
+        For each site's module, A [d_in, d_in] float32 on the model's device; the sites of a layer share one tensor.
+    """
+    modules = dict(model.named_modules())
+    first = {site.layer: site.module for site in reversed(sites)}  # the sites of a layer read the same input
+    moments: dict[int, torch.Tensor] = {}
+    mask = torch.empty(0)
+
+    def reader(layer: int) -> Callable[..., None]:
+        def read(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            tokens = inputs[0][mask].float()
+            moment = tokens.T @ tokens
+            moments[layer] = moments[layer] + moment if layer in moments else moment
+
+        return read
+
+    prefix = shared_prefix(ids)
+    cache = prefix_cache(model, torch.tensor([prefix], device=model.device))
+    handles = [modules[module].register_forward_pre_hook(reader(layer)) for layer, module in first.items()]
+    try:
+        for batch in budgeted(sorted(ids, key=len), batch_tokens):
+            tokens, mask, attended = behind_prefix(batch, prefix, pad, model.device)
+            inputs = {"input_ids": tokens, "attention_mask": attended}
+            model(**inputs, past_key_values=repeated(cache, len(batch)), logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    own = sum(len(row) - len(prefix) for row in ids)
+    roots = {layer: _inverse_root(moment / own, damping) for layer, moment in moments.items()}
+    return {site.module: roots[site.layer] for site in sites}
+
+
+def _inverse_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(moment.double())
+    # The mean leaves out the largest: one direction often holds most of the stream and says nothing of the rest.
+    damped = values.clamp(min=0) + damping * values[:-1].mean()
+    root: torch.Tensor = (vectors * damped.rsqrt()) @ vectors.T
+    return root.float()
+
+
+class WhitenedAdamW(torch.optim.AdamW):
+    """AdamW on V for parameters U = V A.
+
+    Args:
+        whitened: Each parameter U [k, d] with its A [d, d], symmetric and positive definite.
+        kwargs: As for `torch.optim.AdamW`.
+    """
+
+    def __init__(self, whitened: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], **kwargs: Any) -> None:
+        pairs = list(whitened)
+        super().__init__([parameter for parameter, _ in pairs], **kwargs)
+        self._whitening = dict(pairs)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step. V is part of the state, so that a resumed run repeats an unbroken one to the bit."""
+        loss = closure() if closure else None
+        moving = [(u, a) for u, a in self._whitening.items() if u.grad is not None]
+        for u, a in moving:
+            u.grad = u.grad @ a  # type: ignore[operator]  # dL/dV
+            v = self.state[u].get("whitened") if u in self.state else torch.linalg.solve(a, u.T).T
+            u.copy_(v)
+        super().step()
+        for u, a in moving:
+            self.state[u]["whitened"] = u.detach().clone()
+            u.copy_(u @ a)
+        return loss
