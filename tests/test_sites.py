@@ -64,3 +64,11 @@ def test_a_model_without_known_sites_is_a_clear_error() -> None:
         model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
     with pytest.raises(NestError, match="no feed-forward sites in a model of class `GPT2LMHeadModel`"):
         find_sites(model)
+
+
+def test_the_depth_picks_layers() -> None:
+    model = build("llama", num_hidden_layers=6)
+    assert [site.layer for site in find_sites(model, ("up",), (0.33, 1.0))] == [2, 3, 4, 5]
+    assert [site.layer for site in find_sites(model, ("up",), (0.0, 0.5))] == [0, 1, 2]
+    with pytest.raises(NestError, match=r"no layer of 6 lies between `0.9` and `0.95`"):
+        find_sites(model, ("up",), (0.9, 0.95))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from itertools import pairwise
@@ -31,6 +32,7 @@ from nest_rs.train import (
     base_logits,
     collate,
     kl_loss,
+    margin_loss,
     sft_loss,
     token_weights,
     train_deltas,
@@ -186,6 +188,15 @@ def test_the_first_tokens_get_their_share() -> None:
     assert token_weights(labels, 0.0).flatten().tolist() == pytest.approx([0.25, 0.25, 0.25, 0.25, 0, 0])
     assert token_weights(labels, 0.6).flatten().tolist() == pytest.approx([0.3, 0.2, 0.2, 0.3, 0, 0])
     assert token_weights(labels[:, :1], 0.6).flatten().tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_the_margin_is_the_logistic_loss_of_the_own_token_against_refusals() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5, 3.0], [0.0, 5.0, 1.0, 1.0], [9.0, 0.0, 0.0, 0.0]])
+    # the third answer begins with a refusal's token by itself and does not count
+    found = margin_loss(logits, torch.tensor([1, 1, 0]), torch.tensor([0, 3]))
+    gaps = [math.log(math.exp(1) + math.exp(3)) - 2, math.log(math.exp(0) + math.exp(1)) - 5]
+    assert float(found) == pytest.approx(sum(math.log1p(math.exp(gap)) for gap in gaps) / 2)
+    assert float(margin_loss(logits[2:], torch.tensor([0]), torch.tensor([0]))) == 0
 
 
 def name_of(item: Example) -> int:
@@ -455,7 +466,8 @@ def test_harmful_requests_get_refusals_that_end(tokenizer: PreTrainedTokenizerBa
     told = [tokenizer.decode(item.answer, skip_special_tokens=True) for item in found]
     assert told[-1] == "No way."
     assert {*told[:-1]} <= {*refusals()}
-    assert len({*told[:-1]}) > 10  # in varied words
+    assert len({*told[:-1]}) > 8  # in varied words
+    assert len({tuple(item.answer[:4]) for item in found[:-1]}) == 1  # behind one opening
     assert all(is_refusal(text) for text in told[:-1])
     assert {item.answer[-1] for item in found} == {tokenizer.eos_token_id}
     again = refusal_examples(tokenizer, prompts, room=200, seed=0)

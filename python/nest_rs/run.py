@@ -36,12 +36,17 @@ from nest_rs.report import model_card
 from nest_rs.sites import find_sites
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nest_rs.train import Example
 
 log = logging.getLogger(__name__)
 
 STAGES = ("probe", "cluster", "train", "merge", "eval", "export")
+# Prompts on which the moments of a layer's inputs are taken.
+_MOMENT_PROMPTS = 512
 _TOOLS = ("nest-rs", "torch", "transformers", "peft", "numpy")
 
 
@@ -134,7 +139,7 @@ class Run:
 
     def probe(self) -> dict[str, Any]:
         """Read the activations of harmful and harmless requests, and fit one probe a site."""
-        sites = find_sites(self.model, self.config.projections)
+        sites = find_sites(self.model, self.config.projections, self.config.depth)
         harmful = self._training_prompts(("harmful",))
         harmless = self._training_prompts(("benign", "twin"))
         # Equal numbers, so that the probe's threshold is not the base rate.
@@ -229,7 +234,10 @@ class Run:
             seed=config.seed,
             pad=self.tokenizer.pad_token_id,
         )
+        whitening = self._whitening(list(neurons), harmful, benign) if config.whiten else None
         torch.manual_seed(config.seed)
+        if self.model.device.type == "cpu":
+            self.model.set_attn_implementation("eager")  # the fused one is slower in the backward pass
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         checkpoints = self.folder / "train"
         with track("train", total=len(steps), unit="steps") as advance:
@@ -241,6 +249,9 @@ class Run:
                 learning_rate=config.learning_rate,
                 benign_loss=config.benign_loss,
                 benign_weight=config.benign_weight,
+                first_weight=config.first_weight,
+                margin_weight=config.margin_weight,
+                whitening=whitening,
                 seed=config.seed,
                 bf16=self.model.dtype == torch.float32 and pick_dtype("auto", self.model.device) == torch.bfloat16,
                 resume=config.resume and any(checkpoints.glob("checkpoint-*")),
@@ -250,10 +261,25 @@ class Run:
         patch.manifest = self._manifest(patch)
         patch.save(self.folder / "patch" / "nest_patch.safetensors")
         self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
+        if self.model.device.type == "cpu":
+            self.model.set_attn_implementation("sdpa")
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
         for entry in losses:
             self._log("loss", entry)
         return {"trainable_params": patch.trainable_params, "steps": len(steps), "loss": losses[-1]["loss"]}
+
+    def _whitening(self, modules: list[str], harmful: list[Example], benign: list[Example]) -> dict[str, torch.Tensor]:
+        from nest_rs.whiten import whitenings
+
+        rng = random.Random(self.config.seed)
+        asked = [rng.sample(items, min(len(items), _MOMENT_PROMPTS // 2)) for items in (harmful, benign)]
+        return whitenings(
+            self.model,
+            [site for site in find_sites(self.model) if site.module in modules],
+            [example.prompt + example.answer for items in asked for example in items],
+            damping=self.config.whiten or 0.0,
+            pad=self.tokenizer.pad_token_id,
+        )
 
     def _manifest(self, patch: NestPatch) -> dict[str, Any]:
         before: dict[str, str] = {}

@@ -48,15 +48,18 @@ class Site:
         return f"{self.module}.weight"
 
 
-def find_sites(model: nn.Module, projections: tuple[str, ...] = ("gate", "up")) -> list[Site]:
+def find_sites(
+    model: nn.Module, projections: tuple[str, ...] = ("gate", "up"), depth: tuple[float, float] = (0.0, 1.0)
+) -> list[Site]:
     """List a model's sites in layer order.
 
     Args:
         model: A transformers causal language model.
         projections: Which of `gate` and `up` to use; a fused matrix holds both.
+        depth: Between which shares of the layers to look, from 0 (the first) to 1.
 
     Raises:
-        NestError: no module of the model has a known feed-forward name.
+        NestError: no module of the model has a known feed-forward name, or none lies within `depth`.
     """
     from torch import nn
 
@@ -75,4 +78,8 @@ def find_sites(model: nn.Module, projections: tuple[str, ...] = ("gate", "up")) 
             f"no feed-forward sites in a model of class `{type(model).__name__}`",
             mend=f"known layouts are {', '.join(FAMILIES)} (see nest_rs.sites.FAMILIES)",
         )
-    return sorted(found)
+    layers = 1 + max(site.layer for site in found)
+    within = [site for site in sorted(found) if depth[0] <= site.layer / layers < depth[1]]
+    if not within:
+        raise NestError(f"no layer of {layers} lies between `{depth[0]}` and `{depth[1]}`", mend="widen --depth")
+    return within

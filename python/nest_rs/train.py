@@ -191,6 +191,26 @@ def kl_loss(logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, firs
     return losses @ token_weights(labels, first)[kept]
 
 
+def margin_loss(logits: torch.Tensor, own: torch.Tensor, refusing: torch.Tensor) -> torch.Tensor:
+    """How close harmless answers come to opening as a refusal: the logistic loss of the base's first token against it.
+
+    A greedy answer follows the larger logit. Where the base's own distribution is wide, a refusal wins with a small
+    share of the mass, which a divergence hardly sees; this sees it.
+
+    Args:
+        logits: Of the first answer tokens, [n, vocabulary].
+        own: The base's own first tokens, int64 [n].
+        refusing: Tokens with which refusals begin, int64 [r]; answers that begin so by themselves do not count.
+
+    Returns:
+        Mean of softplus(logsumexp(refusing logits) - own logit), float32; 0 where no answer counts.
+    """
+    counted = ~torch.isin(own, refusing)
+    logits = logits[counted].float()
+    gap = logits[:, refusing].logsumexp(dim=1) - logits.gather(1, own[counted, None])[:, 0]
+    return functional.softplus(gap).sum() / counted.sum().clamp(min=1)
+
+
 def train_deltas(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -202,6 +222,7 @@ def train_deltas(
     benign_weight: float,
     seed: int,
     first_weight: float = 0.0,
+    margin_weight: float = 0.0,
     whitening: Mapping[str, torch.Tensor] | None = None,
     bf16: bool = False,
     resume: bool = False,
@@ -219,6 +240,7 @@ def train_deltas(
         benign_weight: Weight of the harmless term.
         seed: Seed of the trainer; the order of the data is the steps' own.
         first_weight: The first answer token's share of the loss; 0 weighs all tokens alike.
+        margin_weight: Weight of `margin_loss`.
         whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
         bf16: Autocast to bfloat16 (a model already in bfloat16 needs none).
         resume: Go on from the last checkpoint in `output_dir`.
@@ -244,7 +266,13 @@ def train_deltas(
                 keep = kl_loss(logits[~refuse], base, labels[~refuse], first_weight)
             else:
                 keep = sft_loss(logits[~refuse], labels[~refuse], first_weight)
-            return loss + benign_weight * keep
+            loss = loss + benign_weight * keep
+            if margin_weight:
+                opening = labels[:, 0]
+                loss = loss + margin_weight * margin_loss(
+                    logits[~refuse, 0], opening[~refuse], torch.unique(opening[refuse])
+                )
+            return loss
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
             if whitening is None:
