@@ -203,6 +203,7 @@ fn euclidean(
                         Form::SquaredDistance,
                         points,
                         rows.clone(),
+                        rows.end..(rows.end + BLOCK).min(range(a).end),
                         columns,
                         scratch,
                     );

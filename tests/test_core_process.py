@@ -67,7 +67,7 @@ def bits(threads, isa=None):
 def test_bits_do_not_depend_on_threads_or_instruction_set():
     best, by_threads = bits([1, 2, 8])
     assert len(set(by_threads.values())) == 1
-    ladder = {"avx512": ["avx2", "portable"], "avx2": ["portable"], "neon": ["portable"]}
+    ladder = {"avx512bf16": ["avx512", "avx2", "portable"], "avx512": ["avx2", "portable"], "avx2": ["portable"], "neon": ["portable"]}
     for isa in ladder.get(best, []):
         used, digests = bits([2], isa)
         assert used == isa
@@ -191,4 +191,4 @@ def test_the_same_call_twice_gives_the_same_bits():
         return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
 
     assert digest() == digest()
-    assert _core.isa() in {"avx512", "avx2", "neon", "portable"}
+    assert _core.isa() in {"avx512bf16", "avx512", "avx2", "neon", "portable"}

@@ -1,9 +1,8 @@
 //! Tiles of dot products or squared distances between a block of rows and packed columns.
 
-use std::ops::Range;
-
 use super::isa::active_isa;
 use super::micro::{Kernels, kernels};
+use super::vector;
 
 /// Coordinates a block: the length of one chain of fused multiply-adds. Part of the bits.
 pub(super) const DEPTH: usize = 256;
@@ -12,6 +11,8 @@ pub(super) const DEPTH: usize = 256;
 pub(super) const STRIDE: usize = DEPTH + 16;
 /// Rows a block: a multiple of every register block.
 pub(crate) const BLOCK: usize = 96;
+/// Chains that [`chains`] runs side by side: enough to hide the latency of a multiply-add.
+pub(crate) const CHAINS: usize = 12;
 
 /// Rows of coordinates, converted on the fly.
 pub(crate) trait Rows: Sync {
@@ -21,6 +22,49 @@ pub(crate) trait Rows: Sync {
     fn dim(&self) -> usize;
     /// Reads `out.len()` coordinates of a row from `start` on.
     fn read(&self, row: usize, start: usize, out: &mut [f32]);
+    /// Asks for the memory that [`Rows::read`] of `len` coordinates will read.
+    fn prefetch(&self, _row: usize, _start: usize, _len: usize) {}
+}
+
+/// Prefetches what a tile reads next, spread evenly over the calls of a micro-kernel: the same rows'
+/// next coordinates, or the first ones of the rows after them.
+pub(super) struct Ahead<'a, R, I> {
+    rows: &'a R,
+    which: I,
+    start: usize,
+    len: usize,
+    count: usize,
+    calls: usize,
+    done: usize,
+}
+
+impl<'a, R: Rows, I: ExactSizeIterator<Item = usize> + Clone> Ahead<'a, R, I> {
+    /// At most `len` coordinates from `start` on, over `calls` calls of [`Ahead::step`].
+    pub fn new(rows: &'a R, now: &I, then: &I, start: usize, len: usize, calls: usize) -> Self {
+        let (which, start) = if start < rows.dim() {
+            (now.clone(), start)
+        } else {
+            (then.clone(), 0)
+        };
+        Ahead {
+            rows,
+            count: which.len(),
+            which,
+            start,
+            len: len.min(rows.dim() - start),
+            calls,
+            done: 0,
+        }
+    }
+
+    pub fn step(&mut self) {
+        let due = |done: usize| self.count * done / self.calls;
+        let rows = due(self.done + 1) - due(self.done);
+        self.done += 1;
+        for row in self.which.by_ref().take(rows) {
+            self.rows.prefetch(row, self.start, self.len);
+        }
+    }
 }
 
 /// A row-major f32 slice as rows.
@@ -61,17 +105,17 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Packs `rows[range]` as columns.
-    pub fn new(rows: &impl Rows, range: Range<usize>) -> Self {
+    /// Packs some rows as columns.
+    pub fn new(rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) -> Self {
         let mut packed = Packed::default();
-        packed.refill(rows, range);
+        packed.refill(rows, which);
         packed
     }
 
     /// The same, reusing the memory.
-    pub fn refill(&mut self, rows: &impl Rows, range: Range<usize>) {
+    pub fn refill(&mut self, rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) {
         let lanes = kernels(active_isa()).lanes;
-        self.columns = range.len();
+        self.columns = which.len();
         self.dim = rows.dim();
         self.width = if self.columns > lanes {
             2 * lanes
@@ -82,7 +126,7 @@ impl Packed {
         self.panels.clear();
         self.panels.resize(padded * self.dim, 0.0);
         self.row.resize(self.dim, 0.0);
-        for (c, i) in range.enumerate() {
+        for (c, i) in which.enumerate() {
             rows.read(i, 0, &mut self.row);
             let (panel, lane) = (c / self.width, c % self.width);
             for (start, depth) in blocks(self.dim) {
@@ -105,7 +149,7 @@ impl Packed {
     }
 }
 
-fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..dim)
         .step_by(DEPTH)
         .map(move |start| (start, DEPTH.min(dim - start)))
@@ -118,23 +162,25 @@ pub(crate) struct Scratch {
     tile: Vec<f32>,
 }
 
-/// Computes `form(rows[i], columns[j])` for a block of at most [`BLOCK`] rows.
+/// Computes `form(rows[i], columns[j])` for at most [`BLOCK`] rows `i` out of `which`; `ahead` are the
+/// rows that will follow, for prefetching.
 ///
-/// Returns the tile, row-major with stride `columns.padded()`; what lies beyond `range.len()` rows or
-/// the packed columns has no meaning.
-pub(crate) fn tile<'s>(
+/// Returns the tile, row-major with stride `columns.padded()`; what lies beyond the packed columns
+/// has no meaning.
+pub(crate) fn tile<'s, I: ExactSizeIterator<Item = usize> + Clone>(
     form: Form,
     rows: &impl Rows,
-    range: Range<usize>,
+    which: I,
+    ahead: I,
     columns: &Packed,
     scratch: &'s mut Scratch,
 ) -> &'s mut [f32] {
     let kernels: &Kernels = kernels(active_isa());
-    assert!(range.len() <= BLOCK && BLOCK.is_multiple_of(kernels.rows));
+    assert!(which.len() <= BLOCK && BLOCK.is_multiple_of(kernels.rows));
     assert!(rows.dim() == columns.dim && columns.width.is_multiple_of(kernels.lanes));
     let (stride, width, dim) = (columns.padded(), columns.width, columns.dim);
     assert_eq!(columns.panels.len(), stride * dim);
-    let used = range.len().next_multiple_of(kernels.rows);
+    let used = which.len().next_multiple_of(kernels.rows);
     scratch.points.resize(BLOCK * STRIDE, 0.0);
     if scratch.tile.len() < used * stride {
         scratch.tile.resize(used * stride, 0.0);
@@ -144,13 +190,16 @@ pub(crate) fn tile<'s>(
         Form::SquaredDistance => kernels.square,
     }[width / kernels.lanes - 1];
 
+    let calls = stride / width * (used / kernels.rows);
     for (start, depth) in blocks(dim) {
-        for (i, point) in range.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
+        for (i, point) in which.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
             rows.read(i, start, &mut point[..depth]);
         }
         let block = &columns.panels[start * stride..(start + depth) * stride];
+        let mut next = Ahead::new(rows, &which, &ahead, start + depth, DEPTH, calls);
         for (j, panel) in block.chunks_exact(depth * width).enumerate() {
             for i in (0..used).step_by(kernels.rows) {
+                next.step();
                 // SAFETY: `points` has BLOCK rows of STRIDE >= depth values and i + kernels.rows <=
                 // used <= BLOCK; `panel` has depth * width values; the tile has `used` rows of
                 // `stride` >= (j + 1) * width values; and `active_isa` is available.
@@ -167,7 +216,48 @@ pub(crate) fn tile<'s>(
             }
         }
     }
-    &mut scratch.tile[..range.len() * stride]
+    &mut scratch.tile[..which.len() * stride]
+}
+
+/// The products of single pairs `(row, column)`, at most [`CHAINS`] of them: the same chains, and so
+/// the same bits, as [`tile`] with [`Form::Dot`]. The columns are rows of `columns`, a row-major slice.
+pub(crate) fn chains(
+    rows: &impl Rows,
+    columns: &[f32],
+    pairs: &[(usize, usize)],
+    scratch: &mut Scratch,
+) -> [f32; CHAINS] {
+    let dim = rows.dim();
+    scratch.points.resize(BLOCK * STRIDE, 0.0);
+    let mut total = [0.0f32; CHAINS];
+    for (start, depth) in blocks(dim) {
+        for (i, (&(row, _), point)) in pairs
+            .iter()
+            .zip(scratch.points.chunks_exact_mut(STRIDE))
+            .enumerate()
+        {
+            // Pairs come sorted by row: read each row once.
+            if i == 0 || pairs[i - 1].0 != row {
+                rows.read(row, start, &mut point[..depth]);
+            }
+        }
+        let mut source = 0;
+        let x: [&[f32]; CHAINS] = std::array::from_fn(|l| {
+            if l < pairs.len() && (l == 0 || pairs[l - 1].0 != pairs[l].0) {
+                source = l;
+            }
+            &scratch.points[source * STRIDE..][..depth]
+        });
+        let y: [&[f32]; CHAINS] = std::array::from_fn(|l| {
+            let (_, column) = pairs[l.min(pairs.len() - 1)];
+            &columns[column * dim + start..][..depth]
+        });
+        let sums = vector::chain_dots(x, y);
+        for (t, s) in total.iter_mut().zip(sums) {
+            *t = if start == 0 { s } else { *t + s };
+        }
+    }
+    total
 }
 
 #[cfg(test)]
@@ -212,7 +302,7 @@ mod tests {
                 let (x, y) = (noise(m * d, 1), noise(n * d, 2));
                 let packed = Packed::new(&(&y[..], d), 0..n);
                 let mut scratch = Scratch::default();
-                let out = tile(form, &(&x[..], d), 0..m, &packed, &mut scratch);
+                let out = tile(form, &(&x[..], d), 0..m, 0..0, &packed, &mut scratch);
                 for i in 0..m {
                     for j in 0..n {
                         let want = chain(form, &x[i * d..(i + 1) * d], &y[j * d..(j + 1) * d]);
@@ -222,6 +312,14 @@ mod tests {
                             want.to_bits(),
                             "{form:?} {m} {n} {d} {i} {j}"
                         );
+                    }
+                }
+                let pairs: Vec<_> = (0..m * n).map(|p| (p / n, p % n)).collect();
+                for pairs in pairs.chunks(CHAINS) {
+                    let got = chains(&(&x[..], d), &y, pairs, &mut scratch);
+                    for (got, &(i, j)) in got.iter().zip(pairs) {
+                        let want = chain(Form::Dot, &x[i * d..(i + 1) * d], &y[j * d..(j + 1) * d]);
+                        assert_eq!(got.to_bits(), want.to_bits(), "{m} {n} {d} {i} {j}");
                     }
                 }
             }

@@ -1,12 +1,14 @@
 //! Loops over one row, compiled once for each instruction set.
 //!
-//! The same Rust body runs everywhere: rustc neither fuses nor reorders floating-point operations,
-//! so wider registers change the speed and not one bit. Sums run in a fixed number of lanes.
+//! The same Rust body runs everywhere: rustc neither fuses nor reorders floating-point operations
+//! unless told to, so wider registers change the speed and not one bit. Sums run in a fixed number of
+//! lanes.
 
 use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
 use super::isa::{Isa, active_isa};
+use super::tile::CHAINS;
 
 /// Lanes of a sum: part of the bits.
 const LANES: usize = 32;
@@ -31,7 +33,7 @@ macro_rules! multiversion {
 
                 match active_isa() {
                     // SAFETY: `active_isa` returns only what this processor has.
-                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    Isa::Avx512Bf16 | Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}
@@ -229,6 +231,71 @@ multiversion! {
             lanes[l] += v * v;
         }
         combine(lanes)
+    }
+
+    /// For each pair, one chain of fused multiply-adds in coordinate order, from zero.
+    pub fn chain_dots(x: [&[f32]; CHAINS], y: [&[f32]; CHAINS]) -> [f32; CHAINS] {
+        let depth = x[0].len();
+        let (x, y) = (x.map(|x| &x[..depth]), y.map(|y| &y[..depth]));
+        let mut sums = [0.0f32; CHAINS];
+        for p in 0..depth {
+            for l in 0..CHAINS {
+                sums[l] = x[l][p].mul_add(y[l][p], sums[l]);
+            }
+        }
+        sums
+    }
+
+    /// The smallest and the second smallest of `bias - product`.
+    pub fn two_smallest(bias: &[f32], products: &[f32]) -> (f32, f32) {
+        const WIDTH: usize = 32;
+        let mut first = [f32::INFINITY; WIDTH];
+        let mut second = [f32::INFINITY; WIDTH];
+        let products = &products[..bias.len()];
+        let (mut biases, mut all) = (bias.chunks_exact(WIDTH), products.chunks_exact(WIDTH));
+        for (b, q) in (&mut biases).zip(&mut all) {
+            for l in 0..WIDTH {
+                let score = b[l] - q[l];
+                let loser = if score > first[l] { score } else { first[l] };
+                second[l] = if loser < second[l] { loser } else { second[l] };
+                first[l] = if score < first[l] { score } else { first[l] };
+            }
+        }
+        for (l, (b, q)) in biases.remainder().iter().zip(all.remainder()).enumerate() {
+            let score = b - q;
+            second[l] = second[l].min(first[l].max(score));
+            first[l] = first[l].min(score);
+        }
+        let mut width = WIDTH / 2;
+        while width > 0 {
+            for l in 0..width {
+                let loser = first[l].max(first[l + width]);
+                second[l] = second[l].min(second[l + width]).min(loser);
+                first[l] = first[l].min(first[l + width]);
+            }
+            width /= 2;
+        }
+        (first[0], second[0])
+    }
+
+    /// The first column where `bias - product` is `value`.
+    pub fn find(bias: &[f32], products: &[f32], value: f32) -> Option<usize> {
+        const WIDTH: usize = 32;
+        let n = bias.len();
+        let products = &products[..n];
+        let mut start = 0;
+        while start < n {
+            let end = (start + WIDTH).min(n);
+            let mut hit = false;
+            for c in start..end {
+                hit |= bias[c] - products[c] == value;
+            }
+            if hit {
+                return (start..end).find(|&c| bias[c] - products[c] == value);
+            }
+            start = end;
+        }
+        None
     }
 
     /// The column with the smallest `bias - product`, the first of equals.

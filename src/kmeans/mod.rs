@@ -7,6 +7,7 @@
 //! Scratch memory beside the input: `O(n + k d)`, 104 KB and one tile of `96 k` floats a thread, and
 //! while seeding `n (2 + ln k)` floats.
 
+mod assign;
 mod lloyd;
 mod seed;
 
@@ -361,7 +362,7 @@ pub fn predict(x: &Matrix, centers: &[f32], metric: Metric, workers: &Workers) -
             Points::shifted(*x, &middle, workers)?
         }
     };
-    let mut labels = vec![0i32; x.rows()];
-    lloyd::assign(&points, &points.import(centers), &mut labels, workers)?;
-    Ok(labels)
+    let mut rows = assign::Assignment::new(&points);
+    rows.assign(&points.import(centers), workers)?;
+    Ok(rows.labels)
 }

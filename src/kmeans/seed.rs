@@ -126,6 +126,7 @@ fn try_centres(
                 Form::SquaredDistance,
                 points,
                 rows.clone(),
+                rows.end..(rows.end + BLOCK).min(from + len),
                 &columns,
                 scratch,
             );
