@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use crate::error::{Error, Result};
 use crate::kernel::{BLOCK, Form, Packed, Rows, Scratch, tile, vector};
 use crate::matrix::Matrix;
+use crate::pairs::Roots;
 use crate::points::{Points, inverse_norm};
 use crate::pool::Workers;
 
@@ -85,6 +86,47 @@ pub fn silhouettes_with(
         .iter()
         .map(|clustering| closed_form(&points, clustering, workers))
         .collect()
+}
+
+/// Euclidean silhouettes from the distances themselves.
+pub(crate) fn of_distances(
+    roots: &Roots,
+    labelings: &[&[i32]],
+    workers: &Workers,
+) -> Result<Vec<Silhouette>> {
+    /// Rows whose sums stay in cache together; no bit depends on it.
+    const BAND: usize = 512;
+    let Some(n) = labelings.first().map(|labels| labels.len()) else {
+        return Ok(Vec::new());
+    };
+    let clusterings = labelings
+        .iter()
+        .map(|labels| Clustering::new(labels, n))
+        .collect::<Result<Vec<_>>>()?;
+    let jobs = n.div_ceil(BAND);
+    // Band by band, so that its distances stay in cache for all labelings.
+    let bands = workers.map(jobs, |band| {
+        let from = band * BAND;
+        let len = BAND.min(n - from);
+        let mut sums = Vec::new();
+        clusterings
+            .iter()
+            .map(|of| {
+                sums.clear();
+                sums.resize(of.sizes.len() * len, 0.0f64);
+                for (j, &c) in of.labels.iter().enumerate() {
+                    let sum = &mut sums[c as usize * len..][..len];
+                    vector::add(sum, &roots.row(j)[from..from + len]);
+                }
+                (0..len)
+                    .map(|i| of.score(from + i, |c| sums[c * len + i]))
+                    .collect::<Vec<f64>>()
+            })
+            .collect::<Vec<_>>()
+    })?;
+    Ok((0..clusterings.len())
+        .map(|c| finish(bands.iter().flat_map(|band| &band[c]).copied().collect()))
+        .collect())
 }
 
 /// Labels renumbered to `0..k`, with the sizes of the clusters.
@@ -203,7 +245,6 @@ fn euclidean(
                         Form::SquaredDistance,
                         points,
                         rows.clone(),
-                        rows.end..(rows.end + BLOCK).min(range(a).end),
                         columns,
                         scratch,
                     );

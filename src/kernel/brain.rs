@@ -10,14 +10,14 @@ use core::arch::x86_64::{
     _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
-use super::tile::{Ahead, BLOCK, Rows};
+use super::tile::{BLOCK, Rows};
 
 /// Coordinates a block: the length of one chain of additions.
 pub(super) const DEPTH: usize = 512;
-/// Pairs of coordinates, one 32-bit word each.
-const WORDS: usize = DEPTH / 2;
-/// Words between converted rows; not a multiple of 4 KiB.
-const STRIDE: usize = WORDS + 16;
+/// Coordinates converted at once: rows are read in long runs, which memory likes.
+const SLAB: usize = 2 * DEPTH;
+/// Words of two coordinates between converted rows; not a multiple of 4 KiB.
+const STRIDE: usize = SLAB / 2 + 16;
 const LANES: usize = 16;
 /// Rows of a register block.
 const ROWS: usize = 12;
@@ -62,7 +62,7 @@ impl Packed {
         self.panels.resize(padded * self.dim.div_ceil(2), 0);
         self.squares.clear();
         let mut row = vec![0.0f32; DEPTH];
-        let mut words = vec![0u32; WORDS];
+        let mut words = vec![0u32; DEPTH / 2];
         for (c, i) in which.enumerate() {
             let mut squares = Squares::default();
             let (panel, lane) = (c / self.width, c % self.width);
@@ -97,10 +97,9 @@ pub(super) struct Scratch {
 
 /// Products of at most [`BLOCK`] rows with the columns, into `tile` (row-major, stride
 /// `columns.padded()`); adds the rows' norms to `squares`.
-pub(super) fn tile<I: ExactSizeIterator<Item = usize> + Clone>(
+pub(super) fn tile(
     rows: &impl Rows,
-    which: I,
-    ahead: I,
+    which: impl ExactSizeIterator<Item = usize> + Clone,
     columns: &Packed,
     scratch: &mut Scratch,
     tile: &mut Vec<f32>,
@@ -112,7 +111,7 @@ pub(super) fn tile<I: ExactSizeIterator<Item = usize> + Clone>(
     assert_eq!(columns.panels.len(), stride * columns.dim.div_ceil(2));
     let used = which.len().next_multiple_of(ROWS);
     scratch.words.resize(BLOCK * STRIDE, 0);
-    scratch.row.resize(DEPTH, 0.0);
+    scratch.row.resize(SLAB, 0.0);
     if tile.len() < used * stride {
         tile.resize(used * stride, 0.0);
     }
@@ -122,28 +121,33 @@ pub(super) fn tile<I: ExactSizeIterator<Item = usize> + Clone>(
         micro::<2>
     };
 
-    let calls = stride / width * (used / ROWS);
-    for (start, depth) in blocks(columns.dim) {
-        for ((i, words), squares) in which
-            .clone()
-            .zip(scratch.words.chunks_exact_mut(STRIDE))
-            .zip(&mut *squares)
-        {
-            rows.read(i, start, &mut scratch.row[..depth]);
-            narrow(&mut scratch.row, depth, words, squares);
+    let dim = columns.dim;
+    for (start, depth) in blocks(dim) {
+        let within = start % SLAB;
+        if within == 0 {
+            for ((i, words), squares) in which
+                .clone()
+                .zip(scratch.words.chunks_exact_mut(STRIDE))
+                .zip(&mut *squares)
+            {
+                let len = SLAB.min(dim - start);
+                rows.read(i, start, &mut scratch.row[..len]);
+                // A block at a time: the sums of squares stay short.
+                for (at, depth) in blocks(len) {
+                    narrow(&mut scratch.row[at..], depth, &mut words[at / 2..], squares);
+                }
+            }
         }
-        let mut next = Ahead::new(rows, &which, &ahead, start + depth, DEPTH, calls);
         let depth = depth.div_ceil(2);
         let block = &columns.panels[start / 2 * stride..(start / 2 + depth) * stride];
         for (j, panel) in block.chunks_exact(depth * width).enumerate() {
             for i in (0..used).step_by(ROWS) {
-                next.step();
-                // SAFETY: `words` has BLOCK rows of STRIDE >= depth words and i + ROWS <= used <=
-                // BLOCK; `panel` has depth * width words; the tile has `used` rows of `stride` >=
-                // (j + 1) * width values; the caller runs on `Isa::Avx512Bf16`.
+                // SAFETY: `words` has BLOCK rows of STRIDE >= within / 2 + depth words and i + ROWS
+                // <= used <= BLOCK; `panel` has depth * width words; the tile has `used` rows of
+                // `stride` >= (j + 1) * width values; the caller runs on `Isa::Avx512Bf16`.
                 unsafe {
                     micro(
-                        scratch.words.as_ptr().add(i * STRIDE),
+                        scratch.words.as_ptr().add(i * STRIDE + within / 2),
                         panel.as_ptr(),
                         depth,
                         tile.as_mut_ptr().add(i * stride + j * width),
@@ -156,7 +160,8 @@ pub(super) fn tile<I: ExactSizeIterator<Item = usize> + Clone>(
     }
 }
 
-/// Rounds `row[..depth]` into words of two, and adds its squares. `row` and `words` are whole blocks.
+/// Rounds `row[..depth]` into words of two, and adds its squares. `row` and `words` have room for whole
+/// vectors.
 fn narrow(row: &mut [f32], depth: usize, words: &mut [u32], squares: &mut Squares) {
     let padded = depth.next_multiple_of(2 * LANES);
     row[depth..padded].fill(0.0);

@@ -35,7 +35,8 @@
 //! `d 1e-37` covers both. Overflow cannot happen: [`crate::points`] scales.
 //!
 //! The norms are sums of squares in f32 lanes with f64 totals, or in f64; `1 + 1e-5` covers their
-//! relative error, as it does the terms of order u^2.
+//! relative error, as it does the terms of order u^2. A square below the normal range may be lost: 2^-126
+//! for each coordinate goes on top.
 
 #[cfg(target_arch = "x86_64")]
 use super::brain;
@@ -47,6 +48,12 @@ use super::vector;
 /// Relative error of the norms.
 const NORM: f64 = 1e-5;
 const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// An upper bound of a norm from its square, as summed in f32.
+#[cfg(target_arch = "x86_64")]
+fn norm_above(square: f64, dim: usize) -> f64 {
+    (square + dim as f64 * f64::from(f32::MIN_POSITIVE)).sqrt() * (1.0 + NORM)
+}
 
 /// Columns to be screened.
 pub(crate) struct Screen {
@@ -138,7 +145,7 @@ impl Screen {
             for (squares, norm) in packed.squares.iter().zip(&norms) {
                 if *norm > 0.0 {
                     // The norm is an upper bound; the last factor brings it back below.
-                    let loss = squares.lost.sqrt() * (1.0 + NORM);
+                    let loss = norm_above(squares.lost, dim);
                     lost = lost.max(loss / norm * (1.0 + 3.0 * NORM));
                 }
             }
@@ -174,12 +181,11 @@ impl Screen {
         (128 * 1024 / stride / 12 * 12).clamp(12, BLOCK)
     }
 
-    /// Screens at most [`Screen::block`] rows against all columns; `ahead` are those that will follow.
-    pub fn screen<'s, I: ExactSizeIterator<Item = usize> + Clone>(
+    /// Screens at most [`Screen::block`] rows against all columns.
+    pub fn screen<'s>(
         &'s self,
         rows: &impl Rows,
-        which: I,
-        ahead: I,
+        which: impl ExactSizeIterator<Item = usize> + Clone,
         scratch: &'s mut Scratch,
     ) -> Screened<'s> {
         let dim = self.dim;
@@ -197,7 +203,7 @@ impl Screen {
                         error: Self::rounding(dim) * norm,
                     });
                 }
-                let tile = tile::tile(Form::Dot, rows, which, ahead, packed, &mut scratch.single);
+                let tile = tile::tile(Form::Dot, rows, which, packed, &mut scratch.single);
                 (tile, packed.padded())
             }
             #[cfg(target_arch = "x86_64")]
@@ -209,7 +215,6 @@ impl Screen {
                 brain::tile(
                     rows,
                     which,
-                    ahead,
                     packed,
                     &mut scratch.brain,
                     &mut scratch.tile,
@@ -218,8 +223,8 @@ impl Screen {
                 let additions = (brain::DEPTH + dim.div_ceil(brain::DEPTH) + 8) as f64;
                 let a = additions * 2.0 * UNIT;
                 for squares in &scratch.squares {
-                    let norm = squares.whole.sqrt() * (1.0 + NORM);
-                    let lost = squares.lost.sqrt() * (1.0 + NORM);
+                    let norm = norm_above(squares.whole, dim);
+                    let lost = norm_above(squares.lost, dim);
                     let columns = self.lost + a * (1.0 + self.lost);
                     scratch.rows.push(Row {
                         norm,
@@ -254,5 +259,110 @@ impl Screen {
             constant,
             norms: &self.norms,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{CHAINS, chains};
+    use proptest::prelude::*;
+
+    /// A coordinate that bfloat16 finds hard: halfway between two of its numbers, subnormal, huge,
+    /// or ordinary.
+    fn coordinate() -> impl Strategy<Value = f32> {
+        let halfway = (0u32..128, -20i32..20, any::<bool>(), -2i32..=2).prop_map(
+            |(fraction, exponent, negative, nudge)| {
+                let bits = (((127 + exponent) as u32) << 23 | fraction << 16 | 0x8000)
+                    .wrapping_add_signed(nudge);
+                let value = f32::from_bits(bits);
+                if negative { -value } else { value }
+            },
+        );
+        prop_oneof![
+            4 => halfway,
+            3 => -1f32..1.0,
+            1 => Just(0.0f32),
+            1 => (1u32..0x0080_0000).prop_map(f32::from_bits),
+            1 => 1f32..1e12,
+        ]
+    }
+
+    /// Rows and columns; sometimes all coordinates of the same kind and sign, so that errors add up.
+    fn matrices() -> impl Strategy<Value = (Vec<f32>, Vec<f32>, usize)> {
+        (1usize..1300, 1usize..4, 1usize..20, any::<bool>()).prop_flat_map(|(d, m, k, alike)| {
+            let many = |n: usize| prop::collection::vec(coordinate(), n);
+            let few = |n: usize| {
+                prop::collection::vec(coordinate(), 3).prop_map(move |values| {
+                    (0..n).map(|i| values[i % 3].abs()).collect::<Vec<f32>>()
+                })
+            };
+            let of = move |n: usize| {
+                if alike {
+                    few(n).boxed()
+                } else {
+                    many(n).boxed()
+                }
+            };
+            (of(m * d), of(k * d), Just(d))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn scores_lie_within_the_bounds((x, c, d) in matrices(), with_bias: bool) {
+            let k = c.len() / d;
+            let bias: Vec<f32> = c
+                .chunks(d)
+                .map(|c| if with_bias { (0.5 * vector::square_norm(c)) as f32 } else { 0.0 })
+                .collect();
+            let which: Vec<u32> = (0..k as u32).collect();
+            let screen = Screen::new(&c, d, &bias, &which);
+            let rows = (&x[..], d);
+            let mut scratch = Scratch::default();
+            let screened = screen.screen(&rows, 0..x.len() / d, &mut scratch);
+            let mut exact = tile::Scratch::default();
+            for (i, row) in x.chunks(d).enumerate() {
+                let norm = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
+                prop_assert!(screened.rows[i].norm >= norm);
+                prop_assert!(screened.rows[i].square <= norm * norm);
+                let products = screened.row(i);
+                let pairs: Vec<_> = (0..k).map(|c| (i, c)).collect();
+                for pairs in pairs.chunks(CHAINS) {
+                    let defined = chains(&rows, &c, pairs, &mut exact);
+                    for (&(_, j), product) in pairs.iter().zip(defined) {
+                        let low = f64::from(screened.bias[j] - products[j]);
+                        let high = low + screened.width(j);
+                        let score = f64::from(bias[j] - product);
+                        let column = &c[j * d..(j + 1) * d];
+                        let dot: f64 = row.iter().zip(column).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                        let truth = f64::from(bias[j]) - dot;
+                        prop_assert!(low <= score && score <= high, "{low} {score} {high}");
+                        prop_assert!(low <= truth && truth <= high, "{low} {truth} {high}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_bound_is_narrow_on_ordinary_rows() {
+        // A bound that is never wrong because it is useless would decide nothing.
+        let d = 1000;
+        let x: Vec<f32> = (0..9 * d)
+            .map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0)
+            .collect();
+        let which: Vec<u32> = (0..8).collect();
+        let screen = Screen::new(&x[d..], d, &[0.0; 8], &which);
+        let mut scratch = Scratch::default();
+        let screened = screen.screen(&(&x[..], d), 0..1, &mut scratch);
+        let square = screened.rows[0].norm * screened.rows[0].norm;
+        assert!(
+            screened.width(0) < 0.01 * square,
+            "{}",
+            screened.width(0) / square
+        );
     }
 }

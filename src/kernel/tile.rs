@@ -6,9 +6,11 @@ use super::vector;
 
 /// Coordinates a block: the length of one chain of fused multiply-adds. Part of the bits.
 pub(super) const DEPTH: usize = 256;
+/// Coordinates converted at once: rows are read in long runs, which memory likes. No bit depends on it.
+const SLAB: usize = 4 * DEPTH;
 /// Distance between the rows of a converted block; not a multiple of 4 KiB, or they would share
 /// cache sets.
-pub(super) const STRIDE: usize = DEPTH + 16;
+pub(super) const STRIDE: usize = SLAB + 16;
 /// Rows a block: a multiple of every register block.
 pub(crate) const BLOCK: usize = 96;
 /// Chains that [`chains`] runs side by side: enough to hide the latency of a multiply-add.
@@ -22,49 +24,6 @@ pub(crate) trait Rows: Sync {
     fn dim(&self) -> usize;
     /// Reads `out.len()` coordinates of a row from `start` on.
     fn read(&self, row: usize, start: usize, out: &mut [f32]);
-    /// Asks for the memory that [`Rows::read`] of `len` coordinates will read.
-    fn prefetch(&self, _row: usize, _start: usize, _len: usize) {}
-}
-
-/// Prefetches what a tile reads next, spread evenly over the calls of a micro-kernel: the same rows'
-/// next coordinates, or the first ones of the rows after them.
-pub(super) struct Ahead<'a, R, I> {
-    rows: &'a R,
-    which: I,
-    start: usize,
-    len: usize,
-    count: usize,
-    calls: usize,
-    done: usize,
-}
-
-impl<'a, R: Rows, I: ExactSizeIterator<Item = usize> + Clone> Ahead<'a, R, I> {
-    /// At most `len` coordinates from `start` on, over `calls` calls of [`Ahead::step`].
-    pub fn new(rows: &'a R, now: &I, then: &I, start: usize, len: usize, calls: usize) -> Self {
-        let (which, start) = if start < rows.dim() {
-            (now.clone(), start)
-        } else {
-            (then.clone(), 0)
-        };
-        Ahead {
-            rows,
-            count: which.len(),
-            which,
-            start,
-            len: len.min(rows.dim() - start),
-            calls,
-            done: 0,
-        }
-    }
-
-    pub fn step(&mut self) {
-        let due = |done: usize| self.count * done / self.calls;
-        let rows = due(self.done + 1) - due(self.done);
-        self.done += 1;
-        for row in self.which.by_ref().take(rows) {
-            self.rows.prefetch(row, self.start, self.len);
-        }
-    }
 }
 
 /// A row-major f32 slice as rows.
@@ -155,23 +114,21 @@ pub(super) fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
         .map(move |start| (start, DEPTH.min(dim - start)))
 }
 
-/// Memory of one worker: 104 KB and one tile.
+/// Memory of one worker: 400 KB and one tile.
 #[derive(Default)]
 pub(crate) struct Scratch {
     points: Vec<f32>,
     tile: Vec<f32>,
 }
 
-/// Computes `form(rows[i], columns[j])` for at most [`BLOCK`] rows `i` out of `which`; `ahead` are the
-/// rows that will follow, for prefetching.
+/// Computes `form(rows[i], columns[j])` for at most [`BLOCK`] rows `i` out of `which`.
 ///
 /// Returns the tile, row-major with stride `columns.padded()`; what lies beyond the packed columns
 /// has no meaning.
-pub(crate) fn tile<'s, I: ExactSizeIterator<Item = usize> + Clone>(
+pub(crate) fn tile<'s>(
     form: Form,
     rows: &impl Rows,
-    which: I,
-    ahead: I,
+    which: impl ExactSizeIterator<Item = usize> + Clone,
     columns: &Packed,
     scratch: &'s mut Scratch,
 ) -> &'s mut [f32] {
@@ -190,22 +147,22 @@ pub(crate) fn tile<'s, I: ExactSizeIterator<Item = usize> + Clone>(
         Form::SquaredDistance => kernels.square,
     }[width / kernels.lanes - 1];
 
-    let calls = stride / width * (used / kernels.rows);
     for (start, depth) in blocks(dim) {
-        for (i, point) in which.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
-            rows.read(i, start, &mut point[..depth]);
+        let within = start % SLAB;
+        if within == 0 {
+            for (i, point) in which.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
+                rows.read(i, start, &mut point[..SLAB.min(dim - start)]);
+            }
         }
         let block = &columns.panels[start * stride..(start + depth) * stride];
-        let mut next = Ahead::new(rows, &which, &ahead, start + depth, DEPTH, calls);
         for (j, panel) in block.chunks_exact(depth * width).enumerate() {
             for i in (0..used).step_by(kernels.rows) {
-                next.step();
-                // SAFETY: `points` has BLOCK rows of STRIDE >= depth values and i + kernels.rows <=
-                // used <= BLOCK; `panel` has depth * width values; the tile has `used` rows of
-                // `stride` >= (j + 1) * width values; and `active_isa` is available.
+                // SAFETY: `points` has BLOCK rows of STRIDE >= within + depth values and i +
+                // kernels.rows <= used <= BLOCK; `panel` has depth * width values; the tile has
+                // `used` rows of `stride` >= (j + 1) * width values; and `active_isa` is available.
                 unsafe {
                     micro(
-                        scratch.points.as_ptr().add(i * STRIDE),
+                        scratch.points.as_ptr().add(i * STRIDE + within),
                         panel.as_ptr(),
                         depth,
                         scratch.tile.as_mut_ptr().add(i * stride + j * width),
@@ -302,7 +259,7 @@ mod tests {
                 let (x, y) = (noise(m * d, 1), noise(n * d, 2));
                 let packed = Packed::new(&(&y[..], d), 0..n);
                 let mut scratch = Scratch::default();
-                let out = tile(form, &(&x[..], d), 0..m, 0..0, &packed, &mut scratch);
+                let out = tile(form, &(&x[..], d), 0..m, &packed, &mut scratch);
                 for i in 0..m {
                     for j in 0..n {
                         let want = chain(form, &x[i * d..(i + 1) * d], &y[j * d..(j + 1) * d]);

@@ -59,7 +59,7 @@ fn down(x: f64) -> f32 {
 }
 
 /// `bias[c]` of the scores: half the squared norm, or 0 where all norms are 1.
-fn biases(points: &Points, centers: &[f32]) -> Vec<f32> {
+pub(super) fn biases(points: &Points, centers: &[f32]) -> Vec<f32> {
     centers
         .chunks_exact(points.dim())
         .map(|c| {
@@ -186,7 +186,8 @@ impl<'a, 'x> Assignment<'a, 'x> {
             wants[order.partition_point(|&c| drift[c as usize] >= slack)] += 1;
             sampled += 1;
         }
-        let (mut best, mut least) = (k, sampled * k);
+        // An eighth must be saved: keeping bounds costs something.
+        let (mut best, mut least) = (k, sampled * k * 7 / 8);
         let mut kept = 0;
         for (m, rows) in wants.iter().enumerate().take(k) {
             kept += rows;
@@ -311,15 +312,8 @@ impl Task<'_> {
             return;
         };
         let part = std::mem::take(&mut work.part);
-        let mut blocks = part.chunks(screen.block()).peekable();
-        while let Some(rows) = blocks.next() {
-            let ahead = blocks.peek().copied().unwrap_or(&[]);
-            let screened = screen.screen(
-                self.points,
-                self.index(rows),
-                self.index(ahead),
-                &mut work.screen,
-            );
+        for rows in part.chunks(screen.block()) {
+            let screened = screen.screen(self.points, self.index(rows), &mut work.screen);
             for (r, &i) in rows.iter().enumerate() {
                 let i = i as usize;
                 let label = self.labels[i] as usize;
@@ -357,15 +351,8 @@ impl Task<'_> {
     fn against_all(&mut self, work: &mut Work) {
         let screen = &self.plan.all;
         let full = std::mem::take(&mut work.full);
-        let mut blocks = full.chunks(screen.block()).peekable();
-        while let Some(rows) = blocks.next() {
-            let ahead = blocks.peek().copied().unwrap_or(&[]);
-            let screened = screen.screen(
-                self.points,
-                self.index(rows),
-                self.index(ahead),
-                &mut work.screen,
-            );
+        for rows in full.chunks(screen.block()) {
+            let screened = screen.screen(self.points, self.index(rows), &mut work.screen);
             work.pairs.clear();
             for (r, &i) in rows.iter().enumerate() {
                 let products = screened.row(r);
@@ -446,8 +433,8 @@ impl Task<'_> {
             .get_or_init(|| Packed::new(&centers, 0..self.plan.bias.len()));
         let hard = std::mem::take(&mut work.hard);
         for rows in hard.chunks(self.plan.all.block()) {
-            let (index, none) = (self.index(rows), self.index(&[]));
-            let products = tile(Form::Dot, self.points, index, none, packed, &mut work.exact);
+            let index = self.index(rows);
+            let products = tile(Form::Dot, self.points, index, packed, &mut work.exact);
             for (&i, products) in rows.iter().zip(products.chunks_exact(packed.padded())) {
                 let i = i as usize;
                 self.labels[i] = vector::arg_min(&self.plan.bias, products) as i32;
@@ -463,4 +450,114 @@ impl Task<'_> {
 fn distance_above(square: f64, score: f64, h: f64) -> f32 {
     let square = square + 2.0 * (score + h);
     down(square.max(0.0).sqrt() * (1.0 - SLACK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::Matrix;
+
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        (0..n)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    /// The labels as they are defined.
+    fn defined(points: &Points, centers: &[f32]) -> Vec<i32> {
+        let d = points.dim();
+        let packed = Packed::new(&(centers, d), 0..centers.len() / d);
+        let bias = biases(points, centers);
+        let mut scratch = Scratch::default();
+        let n = points.rows();
+        (0..n)
+            .step_by(BLOCK)
+            .flat_map(|from| {
+                let rows = from..(from + BLOCK).min(n);
+                let products = tile(Form::Dot, points, rows, &packed, &mut scratch);
+                products
+                    .chunks_exact(packed.padded())
+                    .map(|row| vector::arg_min(&bias, row) as i32)
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    fn distance(a: &[f32], b: &[f32]) -> f64 {
+        vector::square_distance(a, b).sqrt() * (1.0 + SLACK)
+    }
+
+    #[test]
+    fn bounds_and_screens_change_no_label() {
+        let workers = Workers::new(Some(2)).unwrap();
+        for (n, d, k, unit) in [
+            (700, 20, 30, false),
+            (500, 600, 40, false),
+            (400, 33, 9, true),
+        ] {
+            let mut x = noise(n * d, 5);
+            // Duplicates, and a few rows far out.
+            x.copy_within(0..40 * d, 50 * d);
+            x[..3 * d].iter_mut().for_each(|v| *v *= 50.0);
+            let x = Matrix::new(&x, n, d).unwrap();
+            let points = if unit {
+                Points::unit(x, &workers).unwrap()
+            } else {
+                Points::centred(x, &workers).unwrap()
+            };
+            let rows: Vec<usize> = (0..k).map(|c| c * 7 % n).collect();
+            let mut centers = points.gather(&rows);
+            // Two equal centres: the first must win every tie.
+            centers.copy_within(0..d, 2 * d);
+            let mut assignment = Assignment::new(&points);
+            assignment.assign(&centers, &workers).unwrap();
+            assert_eq!(assignment.labels, defined(&points, &centers));
+            for round in 0..40u64 {
+                let before = centers.clone();
+                // Most rest, some creep, now and then one leaps.
+                for (c, center) in centers.chunks_exact_mut(d).enumerate() {
+                    let size = match (c as u64 + round) % 6 {
+                        0 if round % 4 == 1 => 0.5,
+                        1 | 2 => 0.003,
+                        3 => 1e-6,
+                        _ => 0.0,
+                    };
+                    let push = noise(d, round * 1000 + c as u64);
+                    center
+                        .iter_mut()
+                        .zip(push)
+                        .for_each(|(v, p)| *v += size * p);
+                }
+                let drift = centers
+                    .chunks_exact(d)
+                    .zip(before.chunks_exact(d))
+                    .map(|(a, b)| distance(a, b))
+                    .collect();
+                assignment.reassign(&centers, drift, &workers).unwrap();
+                assert_eq!(
+                    assignment.labels,
+                    defined(&points, &centers),
+                    "{n} {d} {round}"
+                );
+                for (i, known) in assignment.known.iter().enumerate() {
+                    let mut row = vec![0.0; d];
+                    points.read(i, 0, &mut row);
+                    for (c, center) in centers.chunks_exact(d).enumerate() {
+                        let true_distance = vector::square_distance(&row, center).sqrt();
+                        if c as i32 == assignment.labels[i] {
+                            assert!(true_distance <= f64::from(known.upper) * (1.0 + 1e-6));
+                        } else {
+                            assert!(true_distance >= f64::from(known.lower) * (1.0 - 1e-6));
+                        }
+                    }
+                }
+            }
+        }
+    }
 }

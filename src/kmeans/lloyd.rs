@@ -7,6 +7,7 @@ use crate::pool::Workers;
 
 use super::Fit;
 use super::assign::Assignment;
+use super::paired::Paired;
 
 /// Rows whose inertia is summed together: part of the bits.
 const CHUNK: usize = 1024;
@@ -15,10 +16,33 @@ const SLICE: usize = 256;
 /// Updates by difference between two from scratch: part of the bits.
 const FRESH: usize = 16;
 
-/// Runs from `centers` (`[k, d]`, coordinates of the points) until the labels repeat, the centres
+/// How the rows find their centres; the labels are the same.
+pub(super) enum Nearest<'a, 'x> {
+    Screened(Assignment<'a, 'x>),
+    Paired(Paired<'a, 'x>),
+}
+
+impl Nearest<'_, '_> {
+    fn labels(&self) -> &[i32] {
+        match self {
+            Nearest::Screened(rows) => &rows.labels,
+            Nearest::Paired(rows) => &rows.labels,
+        }
+    }
+
+    fn reassign(&mut self, centers: &[f32], drift: Vec<f64>, workers: &Workers) -> Result<()> {
+        match self {
+            Nearest::Screened(rows) => rows.reassign(centers, drift, workers),
+            Nearest::Paired(rows) => rows.reassign(centers, workers),
+        }
+    }
+}
+
+/// Runs from `centers` (`[k, d]`, coordinates of the points), to which `rows` are assigned, until the labels repeat, the centres
 /// shift by at most `tol` in all (squared), or `max_iter` iterations are done.
 pub(super) fn lloyd(
     points: &Points,
+    mut rows: Nearest,
     mut centers: Vec<f32>,
     max_iter: usize,
     tol: f64,
@@ -26,13 +50,11 @@ pub(super) fn lloyd(
 ) -> Result<Fit> {
     let d = points.dim();
     let k = centers.len() / d;
-    let mut rows = Assignment::new(points);
     let mut sums = Sums::new(points, k);
     let mut n_iter = 0;
-    rows.assign(&centers, workers)?;
     loop {
         n_iter += 1;
-        let settled = !sums.follow(&rows.labels, workers)?;
+        let settled = !sums.follow(rows.labels(), workers)?;
         if settled {
             sums.refresh(workers)?;
         }
@@ -53,7 +75,7 @@ pub(super) fn lloyd(
             break;
         }
     }
-    let labels = rows.labels;
+    let labels = rows.labels().to_vec();
     let inertia = inertia(points, &centers, &labels, workers)?;
     let mut used = vec![false; k];
     labels.iter().for_each(|&l| used[l as usize] = true);
