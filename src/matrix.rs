@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::kernel::vector;
+use crate::kernel::{self, vector};
 use crate::pool::Workers;
 
 /// The element type of a matrix, a store or a tensor.
@@ -199,6 +199,16 @@ impl<'a> Matrix<'a> {
     /// Reads part of a row, from column `start` on, as f32.
     pub(crate) fn read(&self, row: usize, start: usize, out: &mut [f32]) {
         self.values.read(row * self.cols + start, out);
+    }
+
+    /// Asks for what [`Matrix::read`] will read.
+    pub(crate) fn prefetch(&self, row: usize, start: usize, len: usize) {
+        let from = row * self.cols + start;
+        match self.values {
+            Values::F32(v) => kernel::prefetch(&v[from..from + len]),
+            Values::F16(v) => kernel::prefetch(&v[from..from + len]),
+            Values::Bf16(v) => kernel::prefetch(&v[from..from + len]),
+        }
     }
 
     /// Checks every element and returns the largest magnitude.

@@ -205,6 +205,10 @@ impl Rows for Points<'_> {
         self.x.cols()
     }
 
+    fn prefetch(&self, row: usize, start: usize, len: usize) {
+        self.x.prefetch(row, start, len);
+    }
+
     fn read(&self, row: usize, start: usize, out: &mut [f32]) {
         self.x.read(row, start, out);
         match &self.transform {

@@ -156,7 +156,7 @@ def test_ctrl_c_stops_a_long_fit():
         "x = np.random.default_rng(0).normal(size=(60_000, 512)).astype(np.float32)\n"
         "print('go', flush=True)\n"
         "try:\n"
-        "    KMeans(512, max_iter=100_000, tol=0, init=x[:512]).fit(x)\n"
+        "    KMeans(512, max_iter=100_000, tol=0, n_init=200).fit(x)\n"
         "except KeyboardInterrupt:\n"
         "    print('stopped', flush=True)\n"
     )

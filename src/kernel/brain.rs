@@ -122,6 +122,14 @@ pub(super) fn tile(
     };
 
     let dim = columns.dim;
+    // Rows mostly come one after the other: while these are multiplied, those behind them are fetched, a piece
+    // at a time.
+    const PIECE: usize = 256;
+    let behind = which.clone().last().map_or(0, |last| last + 1);
+    let pieces = dim.div_ceil(PIECE);
+    let wanted = which.len().min(rows.rows() - behind) * pieces;
+    let calls = blocks(dim).count() * (stride / width) * (used / ROWS);
+    let mut call = 0;
     for (start, depth) in blocks(dim) {
         let within = start % SLAB;
         if within == 0 {
@@ -142,6 +150,11 @@ pub(super) fn tile(
         let block = &columns.panels[start / 2 * stride..(start / 2 + depth) * stride];
         for (j, panel) in block.chunks_exact(depth * width).enumerate() {
             for i in (0..used).step_by(ROWS) {
+                for piece in wanted * call / calls..wanted * (call + 1) / calls {
+                    let at = piece % pieces * PIECE;
+                    rows.prefetch(behind + piece / pieces, at, PIECE.min(dim - at));
+                }
+                call += 1;
                 // SAFETY: `words` has BLOCK rows of STRIDE >= within / 2 + depth words and i + ROWS
                 // <= used <= BLOCK; `panel` has depth * width words; the tile has `used` rows of
                 // `stride` >= (j + 1) * width values; the caller runs on `Isa::Avx512Bf16`.

@@ -16,6 +16,22 @@
 
 #![allow(unsafe_code)]
 
+/// Asks the processor for the memory of a slice.
+#[inline]
+pub(crate) fn prefetch<T>(slice: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let (from, bytes) = (slice.as_ptr().cast::<i8>(), size_of_val(slice));
+        for line in (0..bytes).step_by(64) {
+            // SAFETY: the address is inside the slice, and a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.add(line)) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = slice;
+}
+
 #[cfg(target_arch = "x86_64")]
 mod brain;
 mod isa;

@@ -171,14 +171,15 @@ impl Screen {
         (dim.min(DEPTH) + dim.div_ceil(DEPTH) + 8) as f64 * UNIT
     }
 
-    /// The most rows to screen at once: a tile of at most 512 KB.
+    /// The most rows to screen at once: few enough that they, the next ones and the columns share the
+    /// second-level cache.
     pub fn block(&self) -> usize {
         let stride = match &self.columns {
             Columns::Single(packed) => packed.padded(),
             #[cfg(target_arch = "x86_64")]
             Columns::Brain(packed) => packed.padded(),
         };
-        (128 * 1024 / stride / 12 * 12).clamp(12, BLOCK)
+        (48 * 1024 / stride / 12 * 12).clamp(12, BLOCK / 2)
     }
 
     /// Screens at most [`Screen::block`] rows against all columns.

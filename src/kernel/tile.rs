@@ -24,6 +24,8 @@ pub(crate) trait Rows: Sync {
     fn dim(&self) -> usize;
     /// Reads `out.len()` coordinates of a row from `start` on.
     fn read(&self, row: usize, start: usize, out: &mut [f32]);
+    /// Asks for the memory behind some coordinates.
+    fn prefetch(&self, _row: usize, _start: usize, _len: usize) {}
 }
 
 /// A row-major f32 slice as rows.

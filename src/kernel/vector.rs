@@ -167,13 +167,6 @@ multiversion! {
         }
     }
 
-    /// `sum += sqrt(x)`, the root in f32.
-    pub fn add_roots(sum: &mut [f64], x: &[f32]) {
-        for (s, &v) in sum.iter_mut().zip(x) {
-            *s += f64::from(v.sqrt());
-        }
-    }
-
     /// `sum += x - base`; returns the squared norm of the difference.
     pub fn add_shifted(sum: &mut [f64], x: &[f32], base: &[f32]) -> f64 {
         let mut lanes = [0.0f64; LANES];

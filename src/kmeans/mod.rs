@@ -9,7 +9,7 @@
 //!
 //! Scratch memory beside the input: `O(n + k d)` (20 bytes a row), at most 64 MB of distances while seeding
 //! (but 4 bytes for each row and candidate of one step, of which there are `2 + ln k`), and for each
-//! thread 400 KB and a tile of 512 KB. Where several fits of at most 5,120 rows can share them, the
+//! thread under 1 MB. Where several fits of at most 5,120 rows can share them, the
 //! distances between all rows are kept: `6 n^2` bytes, 157 MB at most.
 
 mod assign;
