@@ -88,6 +88,11 @@ pub(super) fn lloyd(
     })
 }
 
+/// A row and the factor with which it enters a sum.
+type Entry = (u32, f64);
+/// What enters some coordinates of a sum, from which coordinate on, and the sum.
+type Slice<'s> = (&'s [Entry], usize, &'s mut [f64]);
+
 /// The sums of the rows of each cluster, which follow the labels.
 struct Sums<'a, 'x> {
     points: &'a Points<'x>,
@@ -131,7 +136,7 @@ impl<'a, 'x> Sums<'a, 'x> {
         }
         self.age += 1;
         // What each cluster loses and gains, in index order.
-        let mut changes: Vec<Vec<(u32, f64)>> = vec![Vec::new(); self.k];
+        let mut changes: Vec<Vec<Entry>> = vec![Vec::new(); self.k];
         for (i, (old, &new)) in self.labels.iter_mut().zip(labels).enumerate() {
             if *old != new {
                 changes[*old as usize].push((i as u32, -1.0));
@@ -158,7 +163,7 @@ impl<'a, 'x> Sums<'a, 'x> {
         }
         self.age = 0;
         self.sums.fill(0.0);
-        let mut members: Vec<Vec<(u32, f64)>> =
+        let mut members: Vec<Vec<Entry>> =
             self.counts.iter().map(|&n| Vec::with_capacity(n)).collect();
         for (i, &l) in self.labels.iter().enumerate() {
             members[l as usize].push((i as u32, 1.0));
@@ -167,9 +172,9 @@ impl<'a, 'x> Sums<'a, 'x> {
     }
 
     /// Adds rows, with their factors, to the clusters.
-    fn add(&mut self, rows: &[Vec<(u32, f64)>], workers: &Workers) -> Result<()> {
+    fn add(&mut self, rows: &[Vec<Entry>], workers: &Workers) -> Result<()> {
         let points = self.points;
-        let slices: Vec<(&[(u32, f64)], usize, &mut [f64])> = self
+        let slices: Vec<Slice> = self
             .sums
             .chunks_mut(points.dim())
             .zip(rows)
