@@ -32,7 +32,8 @@
 //! fixed by the shape, results are combined in index order, and random numbers come from ChaCha
 //! streams named by (seed, restart). The bits are the same on AVX-512, AVX2, NEON and in portable
 //! Rust too, because all share one order of fused multiply-adds. The environment variable
-//! `NEST_RS_ISA` pins one of them; [`active_isa`] tells which runs.
+//! `NEST_RS_ISA` pins one of them; [`active_isa`] tells which runs. Where AVX-512 has products of bfloat16
+//! they screen, with a proven bound on their error, what f32 then decides: not one bit changes.
 //!
 //! # Threads
 //! One pool a process, made when first needed, safe to fork. `n_threads: None` takes all; [`Workers`]
@@ -49,6 +50,7 @@ mod kernel;
 pub mod kmeans;
 mod logistic;
 mod matrix;
+mod pairs;
 mod points;
 mod pool;
 #[cfg(feature = "python")]

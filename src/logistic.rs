@@ -4,12 +4,14 @@
 //! |w|^2 / 2`, the intercept not penalised. It is strongly convex in w with modulus 1, so a gradient
 //! of norm g is within g of the one optimum; we stop at `g <= 1e-9 |w|`.
 //!
-//! Newton's method; each system solved by conjugate gradients with a diagonal preconditioner, each
-//! product with the Hessian in one pass over the data, in f64 throughout. Columns are centred inside,
-//! which the free intercept absorbs: the objective and its optimum stay those of the raw matrix, and
-//! the condition number loses the square of the mean.
+//! Newton's method; each system solved by conjugate gradients with a diagonal preconditioner. The
+//! gradient, its margins and the objective come from one pass over the data in f64: they say when the optimum
+//! is reached. The products with the Hessian only choose the direction, so they are made in f32, one pass
+//! each, and in f64 if that does not get on. Columns are shifted by their means inside, which the free
+//! intercept absorbs: the objective and its optimum stay those of the raw matrix, and the condition
+//! number loses the square of the mean.
 //!
-//! Scratch memory: at most 32 vectors of d doubles, and a row for each thread.
+//! Scratch memory: at most 32 vectors of d doubles, and four rows for each thread.
 
 use crate::activations::ActivationStore;
 use crate::error::{Error, Result};
@@ -93,11 +95,14 @@ impl Probe {
     pub fn fit_with(&self, x: &Matrix, y: &[u8], workers: &Workers) -> Result<ProbeFit> {
         self.check(x.rows(), y)?;
         x.scan("X", workers)?;
-        let (mean, _) = x.moments(workers)?;
+        let (mean, variance) = x.column_moments(workers)?;
         Problem {
             x: *x,
             y,
-            mean,
+            // Any shift will do; one that f32 holds is the same in both precisions.
+            shift: mean.iter().map(|&m| m as f32).collect(),
+            mean: mean.iter().map(|&m| f64::from(m as f32)).collect(),
+            variance,
             c: self.c,
             workers,
         }
@@ -204,9 +209,27 @@ impl Vector {
 struct Problem<'a> {
     x: Matrix<'a>,
     y: &'a [u8],
+    shift: Vec<f32>,
+    /// The shift in f64.
     mean: Vec<f64>,
+    variance: Vec<f64>,
     c: f64,
     workers: &'a Workers<'a>,
+}
+
+/// The objective and its derivatives at a point.
+struct Local {
+    value: f64,
+    margins: Vec<f64>,
+    gradient: Vector,
+    /// Second derivative of each row's loss.
+    curvature: Vec<f64>,
+}
+
+/// A product with the Hessian, and with the rows.
+struct Image {
+    product: Vector,
+    margins: Vec<f64>,
 }
 
 impl Problem<'_> {
@@ -216,14 +239,14 @@ impl Problem<'_> {
         let ones = self.y.iter().filter(|&&y| y == 1).count() as f64;
         let mut at = Vector::zero(d);
         at.b = (ones / (n as f64 - ones)).ln();
-        let mut margins = vec![at.b; n];
-        let mut value = self.value(&margins, &at);
-        let mut first_norm = None;
+        let mut here = self.local(&at)?;
+        let first = here.gradient.dot(&here.gradient).sqrt();
+        let mut last = f64::INFINITY;
+        let mut single = true;
         let mut converged = false;
         let mut n_iter = 0;
         while n_iter < MAX_NEWTON {
-            let (gradient, curvature, diagonal) = self.gradient(&margins, &at)?;
-            let norm = gradient.dot(&gradient).sqrt();
+            let norm = here.gradient.dot(&here.gradient).sqrt();
             let size = vector::dot_f64(&at.w, &at.w).sqrt();
             let floor = 1e-14 * self.c; // all columns constant: w = 0 is the optimum
             if norm <= TOLERANCE * size + floor {
@@ -231,36 +254,22 @@ impl Problem<'_> {
                 break;
             }
             n_iter += 1;
-            let first = *first_norm.get_or_insert(norm);
-            let forcing = (norm / first).sqrt().min(0.1);
-            let step = self.newton(&gradient, &curvature, &diagonal, forcing * norm)?;
-
-            // Along the step only the margins matter: no pass over the data for a shorter one.
-            let moves = self.margins(&step)?;
-            let slope = gradient.dot(&step);
-            let mut length = 1.0;
-            let accepted = loop {
-                let mut next = at.clone();
-                next.blend(1.0, length, &step);
-                let shifted: Vec<f64> = margins
-                    .iter()
-                    .zip(&moves)
-                    .map(|(z, m)| z + length * m)
-                    .collect();
-                let reached = self.value(&shifted, &next);
-                // The last term: near the optimum a true decrease drowns in rounding.
-                if reached <= value + 1e-4 * length * slope + 1e-13 * value.abs() {
-                    break Some((next, shifted, reached));
+            // A slow step near the optimum: f32 cannot see the way.
+            if norm > 0.25 * last && norm < 1e-2 * first {
+                single = false;
+            }
+            last = norm;
+            let least = if single { 1e-4 } else { 0.0 };
+            let forcing = (norm / first).sqrt().clamp(least, 0.1);
+            let (step, moves) = self.newton(&here, forcing * norm, single)?;
+            let Some((next, reached)) = self.search(&at, &here, &step, &moves)? else {
+                if single {
+                    single = false;
+                    continue;
                 }
-                length *= 0.5;
-                if length < 1e-10 {
-                    break None;
-                }
-            };
-            let Some((next, shifted, reached)) = accepted else {
                 break;
             };
-            (at, margins, value) = (next, shifted, reached);
+            (at, here) = (next, reached);
         }
         // Back to the raw columns.
         let intercept = at.b - vector::dot_f64(&at.w, &self.mean);
@@ -270,6 +279,43 @@ impl Problem<'_> {
             n_iter,
             converged,
         })
+    }
+
+    /// Goes along a step as far as the objective falls.
+    fn search(
+        &self,
+        at: &Vector,
+        here: &Local,
+        step: &Vector,
+        moves: &[f64],
+    ) -> Result<Option<(Vector, Local)>> {
+        let slope = here.gradient.dot(step);
+        if slope.is_nan() || slope >= 0.0 {
+            return Ok(None);
+        }
+        // The last term: near the optimum a true decrease drowns in rounding.
+        let enough = |length: f64| here.value + 1e-4 * length * slope + 1e-13 * here.value.abs();
+        let mut length = 1.0;
+        while length >= 1e-10 {
+            let mut next = at.clone();
+            next.blend(1.0, length, step);
+            // Along the step only the margins matter: no pass over the data for one that is too long.
+            let margins: Vec<f64> = here
+                .margins
+                .iter()
+                .zip(moves)
+                .map(|(z, m)| z + length * m)
+                .collect();
+            let seems = self.value(&margins, &next);
+            if seems <= enough(length) + 1e-6 * here.value.abs() {
+                let reached = self.local(&next)?;
+                if reached.value <= enough(length) {
+                    return Ok(Some((next, reached)));
+                }
+            }
+            length *= 0.5;
+        }
+        Ok(None)
     }
 
     /// The objective.
@@ -286,118 +332,192 @@ impl Problem<'_> {
         self.c * loss + 0.5 * vector::dot_f64(&at.w, &at.w)
     }
 
-    /// The gradient, the curvature of each row's loss, and the diagonal of the Hessian.
-    fn gradient(&self, margins: &[f64], at: &Vector) -> Result<(Vector, Vec<f64>, Vector)> {
-        let (residuals, curvature): (Vec<f64>, Vec<f64>) = margins
-            .iter()
-            .zip(self.y)
-            .map(|(&z, &y)| {
-                // p and 1 - p, each to full relative precision
-                let e = (-z.abs()).exp();
-                let (big, small) = (1.0 / (1.0 + e), e / (1.0 + e));
-                let (p, q) = if z >= 0.0 { (big, small) } else { (small, big) };
-                let residual = if y == 1 { -q } else { p };
-                (self.c * residual, self.c * p * q)
-            })
-            .unzip();
-        let d = self.x.cols();
-        let parts = self.chunks(|sums: &mut (Vec<f64>, Vec<f64>), group| {
-            sums.0.resize(d, 0.0);
-            sums.1.resize(d, 0.0);
-            vector::group_add_scaled(&mut sums.0, group.pick(&residuals), group.rows);
-            for (row, i) in group.rows.iter().zip(group.range()) {
-                vector::add_scaled_squares(&mut sums.1, curvature[i], row, &self.mean);
-            }
-        })?;
-        let (mut gradient, mut diagonal) = (Vector::zero(d), Vector::zero(d));
-        for (sum, squares) in &parts {
-            gradient.w.iter_mut().zip(sum).for_each(|(g, s)| *g += s);
-            diagonal
-                .w
-                .iter_mut()
-                .zip(squares)
-                .for_each(|(g, s)| *g += s);
-        }
-        gradient.b = residuals.iter().sum();
-        for ((g, m), w) in gradient.w.iter_mut().zip(&self.mean).zip(&at.w) {
-            *g += w - m * gradient.b;
-        }
-        diagonal.w.iter_mut().for_each(|v| *v += 1.0);
-        diagonal.b = curvature.iter().sum::<f64>().max(f64::MIN_POSITIVE);
-        Ok((gradient, curvature, diagonal))
+    /// First and second derivative of the loss of row i.
+    fn derivatives(&self, i: usize, margin: f64) -> (f64, f64) {
+        // p and 1 - p, each to full relative precision
+        let e = (-margin.abs()).exp();
+        let (big, small) = (1.0 / (1.0 + e), e / (1.0 + e));
+        let (p, q) = if margin >= 0.0 {
+            (big, small)
+        } else {
+            (small, big)
+        };
+        let residual = if self.y[i] == 1 { -q } else { p };
+        (self.c * residual, self.c * p * q)
     }
 
-    /// Solves `H s = -g` by preconditioned conjugate gradients, to a residual of norm `enough`.
-    fn newton(
-        &self,
-        gradient: &Vector,
-        curvature: &[f64],
-        diagonal: &Vector,
-        enough: f64,
-    ) -> Result<Vector> {
+    /// One pass in f64.
+    fn local(&self, at: &Vector) -> Result<Local> {
+        #[derive(Default)]
+        struct Part {
+            sum: Vec<f64>,
+            residuals: f64,
+            margins: Vec<f64>,
+        }
         let d = self.x.cols();
+        let offset = at.b - vector::dot_f64(&self.mean, &at.w);
+        let parts = self.chunks(None, |part: &mut Part, group| {
+            part.sum.resize(d, 0.0);
+            let mut pulls = [0.0; GROUP];
+            let products = vector::group_dot(group.rows, &at.w);
+            for ((i, product), pull) in group.range().zip(products).zip(&mut pulls) {
+                part.margins.push(product + offset);
+                *pull = self.derivatives(i, product + offset).0;
+                part.residuals += *pull;
+            }
+            vector::group_add_scaled(&mut part.sum, pulls, group.rows);
+        })?;
+        let mut gradient = at.clone();
+        gradient.b = parts.iter().map(|part| part.residuals).sum();
+        for part in &parts {
+            gradient
+                .w
+                .iter_mut()
+                .zip(&part.sum)
+                .for_each(|(g, s)| *g += s);
+        }
+        for (g, m) in gradient.w.iter_mut().zip(&self.mean) {
+            *g -= m * gradient.b;
+        }
+        let margins: Vec<f64> = parts.into_iter().flat_map(|part| part.margins).collect();
+        let curvature = margins
+            .iter()
+            .enumerate()
+            .map(|(i, &z)| self.derivatives(i, z).1)
+            .collect();
+        Ok(Local {
+            value: self.value(&margins, at),
+            margins,
+            gradient,
+            curvature,
+        })
+    }
+
+    /// Solves `H s = -g` by preconditioned conjugate gradients, to a residual of norm `enough`; the step,
+    /// and how it changes the margins.
+    fn newton(&self, here: &Local, enough: f64, single: bool) -> Result<(Vector, Vec<f64>)> {
+        let (n, d) = (self.x.rows(), self.x.cols());
+        // The diagonal of the Hessian, if curvature and square were independent.
+        let total = here.curvature.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+        let diagonal = Vector {
+            w: self.variance.iter().map(|v| 1.0 + total * v).collect(),
+            b: total,
+        };
         let mut step = Vector::zero(d);
+        let mut moves = vec![0.0; n];
         let mut residual = Vector::zero(d);
-        residual.blend(0.0, -1.0, gradient);
-        let mut scaled = residual.divided(diagonal);
+        residual.blend(0.0, -1.0, &here.gradient);
+        let mut scaled = residual.divided(&diagonal);
         let mut direction = scaled.clone();
         let mut energy = residual.dot(&scaled);
-        for _ in 0..2 * d.min(self.x.rows()) + 50 {
-            let image = self.hessian(&direction, curvature)?;
-            let bend = direction.dot(&image);
+        let most = if single { 200 } else { 2 * d.min(n) + 50 };
+        for _ in 0..most {
+            let image = if single {
+                self.hessian_single(&direction, &here.curvature)?
+            } else {
+                self.hessian(&direction, &here.curvature)?
+            };
+            let bend = direction.dot(&image.product);
             if bend.is_nan() || bend <= 0.0 {
                 break; // rounding: the step so far is still a descent
             }
             let length = energy / bend;
             step.blend(1.0, length, &direction);
-            residual.blend(1.0, -length, &image);
+            moves
+                .iter_mut()
+                .zip(&image.margins)
+                .for_each(|(m, i)| *m += length * i);
+            residual.blend(1.0, -length, &image.product);
             if residual.dot(&residual).sqrt() <= enough {
                 break;
             }
-            scaled = residual.divided(diagonal);
+            scaled = residual.divided(&diagonal);
             let next = residual.dot(&scaled);
             direction.blend(next / energy, 1.0, &scaled);
             energy = next;
         }
-        Ok(step)
+        Ok((step, moves))
     }
 
     /// The Hessian times a vector: one pass over the data.
-    fn hessian(&self, v: &Vector, curvature: &[f64]) -> Result<Vector> {
+    fn hessian(&self, v: &Vector, curvature: &[f64]) -> Result<Image> {
+        #[derive(Default)]
+        struct Part {
+            sum: Vec<f64>,
+            pull: f64,
+            margins: Vec<f64>,
+        }
         let d = self.x.cols();
         let offset = v.b - vector::dot_f64(&self.mean, &v.w);
-        let parts = self.chunks(|sums: &mut (Vec<f64>, f64), group| {
-            sums.0.resize(d, 0.0);
-            let mut pulls = group.pick(curvature);
-            for (pull, product) in pulls.iter_mut().zip(vector::group_dot(group.rows, &v.w)) {
-                *pull *= product + offset;
-                sums.1 += *pull;
-            }
-            vector::group_add_scaled(&mut sums.0, pulls, group.rows);
-        })?;
-        let mut out = v.clone();
-        out.b = parts.iter().map(|(_, pull)| pull).sum();
-        for (sum, _) in &parts {
-            out.w.iter_mut().zip(sum).for_each(|(o, s)| *o += s);
-        }
-        for (o, m) in out.w.iter_mut().zip(&self.mean) {
-            *o -= m * out.b;
-        }
-        Ok(out)
-    }
-
-    /// The change of every margin along `v`.
-    fn margins(&self, v: &Vector) -> Result<Vec<f64>> {
-        let offset = v.b - vector::dot_f64(&self.mean, &v.w);
-        let parts = self.chunks(|out: &mut Vec<f64>, group| {
+        let parts = self.chunks(None, |part: &mut Part, group| {
+            part.sum.resize(d, 0.0);
+            let mut pulls = [0.0; GROUP];
             let products = vector::group_dot(group.rows, &v.w);
-            out.extend(products[..group.range().len()].iter().map(|p| p + offset));
+            for ((i, product), pull) in group.range().zip(products).zip(&mut pulls) {
+                part.margins.push(product + offset);
+                *pull = curvature[i] * (product + offset);
+                part.pull += *pull;
+            }
+            vector::group_add_scaled(&mut part.sum, pulls, group.rows);
         })?;
-        Ok(parts.concat())
+        let mut product = v.clone();
+        product.b = parts.iter().map(|part| part.pull).sum();
+        for part in &parts {
+            product
+                .w
+                .iter_mut()
+                .zip(&part.sum)
+                .for_each(|(o, s)| *o += s);
+        }
+        for (o, m) in product.w.iter_mut().zip(&self.mean) {
+            *o -= m * product.b;
+        }
+        let margins = parts.into_iter().flat_map(|part| part.margins).collect();
+        Ok(Image { product, margins })
     }
 
-    /// Folds every row into one value for each fixed chunk of rows, in index order.
-    fn chunks<S: Default + Send>(&self, fold: impl Fn(&mut S, Group) + Sync) -> Result<Vec<S>> {
+    /// The same in f32: at the speed of memory.
+    fn hessian_single(&self, v: &Vector, curvature: &[f64]) -> Result<Image> {
+        #[derive(Default)]
+        struct Part {
+            sum: Vec<f32>,
+            pull: f64,
+            margins: Vec<f64>,
+        }
+        let d = self.x.cols();
+        // Of length 1, so that f32 neither overflows nor vanishes.
+        let length = v.dot(v).sqrt().max(f64::MIN_POSITIVE);
+        let unit: Vec<f32> = v.w.iter().map(|w| (w / length) as f32).collect();
+        let offset = v.b / length;
+        let parts = self.chunks(Some(&self.shift), |part: &mut Part, group| {
+            part.sum.resize(d, 0.0);
+            let mut pulls = [0.0f32; GROUP];
+            let products = vector::group_dot_single(group.rows, &unit);
+            for ((i, product), pull) in group.range().zip(products).zip(&mut pulls) {
+                let margin = f64::from(product) + offset;
+                part.margins.push(margin * length);
+                *pull = (curvature[i] * margin) as f32;
+                part.pull += curvature[i] * margin;
+            }
+            vector::group_add_scaled_single(&mut part.sum, pulls, group.rows);
+        })?;
+        let mut product = v.clone();
+        product.b = length * parts.iter().map(|part| part.pull).sum::<f64>();
+        for part in &parts {
+            for (o, &s) in product.w.iter_mut().zip(&part.sum) {
+                *o += length * f64::from(s);
+            }
+        }
+        let margins = parts.into_iter().flat_map(|part| part.margins).collect();
+        Ok(Image { product, margins })
+    }
+
+    /// Folds every row, shifted if asked to, into one value for each fixed chunk of rows, in index order.
+    fn chunks<S: Default + Send>(
+        &self,
+        shift: Option<&[f32]>,
+        fold: impl Fn(&mut S, Group) + Sync,
+    ) -> Result<Vec<S>> {
         let (n, d) = (self.x.rows(), self.x.cols());
         let step = fixed_step(n);
         self.workers.map_with(
@@ -409,6 +529,11 @@ impl Problem<'_> {
                 for first in (chunk * step..end).step_by(GROUP) {
                     let count = GROUP.min(end - first);
                     self.x.read(first, 0, &mut buffer[..count * d]);
+                    if let Some(shift) = shift {
+                        for row in buffer[..count * d].chunks_exact_mut(d) {
+                            vector::shift(row, 1.0, shift);
+                        }
+                    }
                     let rows = std::array::from_fn(|g| &buffer[g * d..(g + 1) * d]);
                     fold(&mut state, Group { first, count, rows });
                 }
@@ -429,17 +554,6 @@ struct Group<'b> {
 impl Group<'_> {
     fn range(&self) -> std::ops::Range<usize> {
         self.first..self.first + self.count
-    }
-
-    /// The values of these rows.
-    fn pick(&self, values: &[f64]) -> [f64; GROUP] {
-        std::array::from_fn(|g| {
-            if g < self.count {
-                values[self.first + g]
-            } else {
-                0.0
-            }
-        })
     }
 }
 

@@ -1,10 +1,9 @@
 //! Row-major matrices in f32, f16 or bf16, borrowed from the caller.
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::kernel::vector;
+use crate::kernel::{self, vector};
 use crate::pool::Workers;
 
 /// The element type of a matrix, a store or a tensor.
@@ -87,7 +86,7 @@ impl<'a> Values<'a> {
         let range = start..start + out.len();
         match self {
             Values::F32(v) => out.copy_from_slice(&v[range]),
-            Values::F16(v) => v[range].convert_to_f32_slice(out),
+            Values::F16(v) => vector::widen_f16(&v[range], out),
             Values::Bf16(v) => vector::widen_bf16(&v[range], out),
         }
     }
@@ -202,6 +201,16 @@ impl<'a> Matrix<'a> {
         self.values.read(row * self.cols + start, out);
     }
 
+    /// Asks for what [`Matrix::read`] will read.
+    pub(crate) fn prefetch(&self, row: usize, start: usize, len: usize) {
+        let from = row * self.cols + start;
+        match self.values {
+            Values::F32(v) => kernel::prefetch(&v[from..from + len]),
+            Values::F16(v) => kernel::prefetch(&v[from..from + len]),
+            Values::Bf16(v) => kernel::prefetch(&v[from..from + len]),
+        }
+    }
+
     /// Checks every element and returns the largest magnitude.
     ///
     /// # Errors
@@ -229,6 +238,36 @@ impl<'a> Matrix<'a> {
             }
         }
         Ok(widest.into_iter().fold(0.0, f32::max))
+    }
+
+    /// Column means and population variances. One pass, in f64.
+    pub(crate) fn column_moments(&self, workers: &Workers) -> Result<(Vec<f64>, Vec<f64>)> {
+        // As in `moments`.
+        let (n, d) = (self.rows, self.cols);
+        let mut first = vec![0.0; d];
+        self.read(0, 0, &mut first);
+        let step = fixed_step(n);
+        let partial = workers.map(n.div_ceil(step), |t| {
+            let (mut sum, mut squares) = (vec![0.0f64; d], vec![0.0f64; d]);
+            let mut row = vec![0.0; d];
+            for i in t * step..((t + 1) * step).min(n) {
+                self.read(i, 0, &mut row);
+                vector::add_with_squares(&mut sum, &mut squares, &row, &first);
+            }
+            (sum, squares)
+        })?;
+        let (mut mean, mut variance) = (vec![0.0f64; d], vec![0.0f64; d]);
+        for (sum, squares) in &partial {
+            mean.iter_mut().zip(sum).for_each(|(m, s)| *m += s);
+            variance.iter_mut().zip(squares).for_each(|(v, s)| *v += s);
+        }
+        let inverse = 1.0 / n as f64;
+        for ((m, v), &base) in mean.iter_mut().zip(&mut variance).zip(&first) {
+            *m *= inverse;
+            *v = (*v * inverse - *m * *m).max(0.0);
+            *m += f64::from(base);
+        }
+        Ok((mean, variance))
     }
 
     /// Column means, and the mean over the columns of their population variance. One pass, in f64.

@@ -85,6 +85,36 @@ impl<'a> Points<'a> {
         Ok(points)
     }
 
+    /// The same points without the shift: differences between rows lose nothing to rounding.
+    pub fn unshifted(&self) -> Points<'a> {
+        let transform = match &self.transform {
+            Transform::Shift { scale, .. } | Transform::Scale { scale } => {
+                Transform::Scale { scale: *scale }
+            }
+            Transform::Unit { inverse_norm } => Transform::Unit {
+                inverse_norm: inverse_norm.clone(),
+            },
+        };
+        Points {
+            x: self.x,
+            transform,
+            mean_variance: self.mean_variance,
+        }
+    }
+
+    /// The largest norm of a point, from above.
+    pub fn widest_norm(&self, workers: &Workers) -> Result<f64> {
+        let norms = workers.map_with(
+            self.rows(),
+            || vec![0.0f32; self.dim()],
+            |row, i| {
+                self.read(i, 0, row);
+                vector::square_norm(row).sqrt()
+            },
+        )?;
+        Ok(norms.into_iter().fold(0.0, f64::max) * (1.0 + 1e-6))
+    }
+
     fn unit_variance(&self, workers: &Workers) -> Result<f64> {
         let (n, d) = (self.rows(), self.dim());
         let step = crate::matrix::fixed_step(n);
@@ -173,6 +203,10 @@ impl Rows for Points<'_> {
 
     fn dim(&self) -> usize {
         self.x.cols()
+    }
+
+    fn prefetch(&self, row: usize, start: usize, len: usize) {
+        self.x.prefetch(row, start, len);
     }
 
     fn read(&self, row: usize, start: usize, out: &mut [f32]) {

@@ -189,6 +189,20 @@ impl<'c> Workers<'c> {
         Ok(slots.into_iter().flatten().collect())
     }
 
+    /// `work(item)` of each item, in index order.
+    pub(crate) fn map_mut<T: Send, R: Send>(
+        &self,
+        items: &mut [T],
+        work: impl Fn(&mut T) -> R + Sync,
+    ) -> Result<Vec<R>> {
+        let mut slots: Vec<Option<R>> = Vec::new();
+        slots.resize_with(items.len(), || None);
+        self.each(items.iter_mut().zip(&mut slots), |(item, slot)| {
+            *slot = Some(work(item));
+        })?;
+        Ok(slots.into_iter().flatten().collect())
+    }
+
     /// [`Workers::map_with`] without scratch.
     pub(crate) fn map<R: Send>(
         &self,

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use crate::error::{Error, Result};
 use crate::kernel::{BLOCK, Form, Packed, Rows, Scratch, tile, vector};
 use crate::matrix::Matrix;
+use crate::pairs::Roots;
 use crate::points::{Points, inverse_norm};
 use crate::pool::Workers;
 
@@ -85,6 +86,47 @@ pub fn silhouettes_with(
         .iter()
         .map(|clustering| closed_form(&points, clustering, workers))
         .collect()
+}
+
+/// Euclidean silhouettes from the distances themselves.
+pub(crate) fn of_distances(
+    roots: &Roots,
+    labelings: &[&[i32]],
+    workers: &Workers,
+) -> Result<Vec<Silhouette>> {
+    /// Rows whose sums stay in cache together; no bit depends on it.
+    const BAND: usize = 512;
+    let Some(n) = labelings.first().map(|labels| labels.len()) else {
+        return Ok(Vec::new());
+    };
+    let clusterings = labelings
+        .iter()
+        .map(|labels| Clustering::new(labels, n))
+        .collect::<Result<Vec<_>>>()?;
+    let jobs = n.div_ceil(BAND);
+    // Band by band, so that its distances stay in cache for all labelings.
+    let bands = workers.map(jobs, |band| {
+        let from = band * BAND;
+        let len = BAND.min(n - from);
+        let mut sums = Vec::new();
+        clusterings
+            .iter()
+            .map(|of| {
+                sums.clear();
+                sums.resize(of.sizes.len() * len, 0.0f64);
+                for (j, &c) in of.labels.iter().enumerate() {
+                    let sum = &mut sums[c as usize * len..][..len];
+                    vector::add(sum, &roots.row(j)[from..from + len]);
+                }
+                (0..len)
+                    .map(|i| of.score(from + i, |c| sums[c * len + i]))
+                    .collect::<Vec<f64>>()
+            })
+            .collect::<Vec<_>>()
+    })?;
+    Ok((0..clusterings.len())
+        .map(|c| finish(bands.iter().flat_map(|band| &band[c]).copied().collect()))
+        .collect())
 }
 
 /// Labels renumbered to `0..k`, with the sizes of the clusters.
@@ -174,7 +216,7 @@ fn euclidean(
 ) -> Result<Vec<Silhouette>> {
     let n = points.rows();
     // The width fixes the order of the sums; it may depend on the shape alone.
-    let width = (n / 16).next_multiple_of(12).clamp(24, 2 * BLOCK);
+    let width = (n / 16).next_multiple_of(12).clamp(24, 4 * BLOCK);
     let n_blocks = n.div_ceil(width);
     let range = |b: usize| b * width..((b + 1) * width).min(n);
     let clusters: usize = clusterings.iter().map(|c| c.sizes.len()).sum();
@@ -207,6 +249,7 @@ fn euclidean(
                         scratch,
                     );
                     let stride = columns.padded();
+                    vector::roots(squares);
                     below.add(clusterings, rows.clone(), 0, squares, stride);
                     if let Some(beside) = &mut beside {
                         transpose(squares, stride, rows.len(), range(b).len(), flipped);
@@ -243,22 +286,22 @@ fn lock(block: &Mutex<Sums>) -> std::sync::MutexGuard<'_, Sums> {
 }
 
 impl Sums {
-    /// Adds the roots of `squares` (a row for each of `others`) to the sums from column `at` on.
+    /// Adds distances (a row for each of `others`) to the sums from column `at` on.
     fn add(
         &mut self,
         clusterings: &[Clustering],
         others: std::ops::Range<usize>,
         at: usize,
-        squares: &[f32],
+        distances: &[f32],
         stride: usize,
     ) {
         let mut first = 0;
         for clustering in clusterings {
-            for (j, row) in others.clone().zip(squares.chunks_exact(stride)) {
+            for (j, row) in others.clone().zip(distances.chunks_exact(stride)) {
                 let c = first + clustering.labels[j] as usize;
                 let len = stride.min(self.width - at);
                 let sums = &mut self.sums[c * self.width + at..][..len];
-                vector::add_roots(sums, &row[..len]);
+                vector::add(sums, &row[..len]);
             }
             first += clustering.sizes.len();
         }
@@ -329,6 +372,9 @@ impl<'a> Doubles<'a> {
 fn closed_form(points: &Doubles, of: &Clustering, workers: &Workers) -> Result<Silhouette> {
     let (n, d, k) = (points.x.rows(), points.x.cols(), of.sizes.len());
     let squared = points.mean.is_some();
+    // Sums within rounding of zero are zero: rows that coincide have no distance.
+    let rounding = (d as f64 / 16.0 + 16.0) * f64::EPSILON;
+    let clean = |sum: f64, scale: f64| if sum > rounding * scale { sum } else { 0.0 };
     // Each cluster summed by one worker, in index order.
     let totals = workers.map(k, |c| {
         let (mut sum, mut squares) = (vec![0.0f64; d], 0.0);
@@ -355,11 +401,11 @@ fn closed_form(points: &Doubles, of: &Clustering, workers: &Workers) -> Result<S
                     let m = of.sizes[c] as f64;
                     let product = vector::dot_f64(row, sum);
                     if squared {
-                        (m * norm + squares - 2.0 * product).max(0.0)
+                        clean(m * norm + squares - 2.0 * product, m * norm + squares)
                     } else {
                         // The row's distance to itself, 1 - x.x, is not exactly 0.
                         let itself = if c == own { 1.0 - norm } else { 0.0 };
-                        (m - product - itself).max(0.0)
+                        clean(m - product - itself, m)
                     }
                 });
             }

@@ -67,7 +67,12 @@ def bits(threads, isa=None):
 def test_bits_do_not_depend_on_threads_or_instruction_set():
     best, by_threads = bits([1, 2, 8])
     assert len(set(by_threads.values())) == 1
-    ladder = {"avx512": ["avx2", "portable"], "avx2": ["portable"], "neon": ["portable"]}
+    ladder = {
+        "avx512bf16": ["avx512", "avx2", "portable"],
+        "avx512": ["avx2", "portable"],
+        "avx2": ["portable"],
+        "neon": ["portable"],
+    }
     for isa in ladder.get(best, []):
         used, digests = bits([2], isa)
         assert used == isa
@@ -151,7 +156,7 @@ def test_ctrl_c_stops_a_long_fit():
         "x = np.random.default_rng(0).normal(size=(60_000, 512)).astype(np.float32)\n"
         "print('go', flush=True)\n"
         "try:\n"
-        "    KMeans(512, max_iter=100_000, tol=0, init=x[:512]).fit(x)\n"
+        "    KMeans(512, max_iter=100_000, tol=0, n_init=200).fit(x)\n"
         "except KeyboardInterrupt:\n"
         "    print('stopped', flush=True)\n"
     )
@@ -167,6 +172,22 @@ def test_ctrl_c_stops_a_long_fit():
     finally:
         process.kill()
         process.stdout.close()
+
+
+def test_a_million_rows_need_little_memory_beside_them():
+    code = (
+        "import numpy as np, resource\n"
+        "from nest_rs.numeric import KMeans\n"
+        "x = np.random.default_rng(0).random((1_000_000, 16), dtype=np.float32)\n"
+        "KMeans(8, max_iter=2).fit(x[:1000])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "KMeans(32, max_iter=3, n_threads=2).fit(x)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    kilobytes = int(done.stdout)
+    assert kilobytes < 64 * 1024 + 32 * 1_000_000 / 1024
 
 
 def test_importing_starts_no_thread():
@@ -191,4 +212,4 @@ def test_the_same_call_twice_gives_the_same_bits():
         return hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
 
     assert digest() == digest()
-    assert _core.isa() in {"avx512", "avx2", "neon", "portable"}
+    assert _core.isa() in {"avx512bf16", "avx512", "avx2", "neon", "portable"}

@@ -1,17 +1,20 @@
 //! Tiles of dot products or squared distances between a block of rows and packed columns.
 
-use std::ops::Range;
-
 use super::isa::active_isa;
 use super::micro::{Kernels, kernels};
+use super::vector;
 
 /// Coordinates a block: the length of one chain of fused multiply-adds. Part of the bits.
 pub(super) const DEPTH: usize = 256;
+/// Coordinates converted at once: rows are read in long runs, which memory likes. No bit depends on it.
+const SLAB: usize = 4 * DEPTH;
 /// Distance between the rows of a converted block; not a multiple of 4 KiB, or they would share
 /// cache sets.
-pub(super) const STRIDE: usize = DEPTH + 16;
+pub(super) const STRIDE: usize = SLAB + 16;
 /// Rows a block: a multiple of every register block.
 pub(crate) const BLOCK: usize = 96;
+/// Chains that [`chains`] runs side by side: enough to hide the latency of a multiply-add.
+pub(crate) const CHAINS: usize = 12;
 
 /// Rows of coordinates, converted on the fly.
 pub(crate) trait Rows: Sync {
@@ -21,6 +24,8 @@ pub(crate) trait Rows: Sync {
     fn dim(&self) -> usize;
     /// Reads `out.len()` coordinates of a row from `start` on.
     fn read(&self, row: usize, start: usize, out: &mut [f32]);
+    /// Asks for the memory behind some coordinates.
+    fn prefetch(&self, _row: usize, _start: usize, _len: usize) {}
 }
 
 /// A row-major f32 slice as rows.
@@ -61,17 +66,17 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Packs `rows[range]` as columns.
-    pub fn new(rows: &impl Rows, range: Range<usize>) -> Self {
+    /// Packs some rows as columns.
+    pub fn new(rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) -> Self {
         let mut packed = Packed::default();
-        packed.refill(rows, range);
+        packed.refill(rows, which);
         packed
     }
 
     /// The same, reusing the memory.
-    pub fn refill(&mut self, rows: &impl Rows, range: Range<usize>) {
+    pub fn refill(&mut self, rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) {
         let lanes = kernels(active_isa()).lanes;
-        self.columns = range.len();
+        self.columns = which.len();
         self.dim = rows.dim();
         self.width = if self.columns > lanes {
             2 * lanes
@@ -82,7 +87,7 @@ impl Packed {
         self.panels.clear();
         self.panels.resize(padded * self.dim, 0.0);
         self.row.resize(self.dim, 0.0);
-        for (c, i) in range.enumerate() {
+        for (c, i) in which.enumerate() {
             rows.read(i, 0, &mut self.row);
             let (panel, lane) = (c / self.width, c % self.width);
             for (start, depth) in blocks(self.dim) {
@@ -105,36 +110,36 @@ impl Packed {
     }
 }
 
-fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..dim)
         .step_by(DEPTH)
         .map(move |start| (start, DEPTH.min(dim - start)))
 }
 
-/// Memory of one worker: 104 KB and one tile.
+/// Memory of one worker: 400 KB and one tile.
 #[derive(Default)]
 pub(crate) struct Scratch {
     points: Vec<f32>,
     tile: Vec<f32>,
 }
 
-/// Computes `form(rows[i], columns[j])` for a block of at most [`BLOCK`] rows.
+/// Computes `form(rows[i], columns[j])` for at most [`BLOCK`] rows `i` out of `which`.
 ///
-/// Returns the tile, row-major with stride `columns.padded()`; what lies beyond `range.len()` rows or
-/// the packed columns has no meaning.
+/// Returns the tile, row-major with stride `columns.padded()`; what lies beyond the packed columns
+/// has no meaning.
 pub(crate) fn tile<'s>(
     form: Form,
     rows: &impl Rows,
-    range: Range<usize>,
+    which: impl ExactSizeIterator<Item = usize> + Clone,
     columns: &Packed,
     scratch: &'s mut Scratch,
 ) -> &'s mut [f32] {
     let kernels: &Kernels = kernels(active_isa());
-    assert!(range.len() <= BLOCK && BLOCK.is_multiple_of(kernels.rows));
+    assert!(which.len() <= BLOCK && BLOCK.is_multiple_of(kernels.rows));
     assert!(rows.dim() == columns.dim && columns.width.is_multiple_of(kernels.lanes));
     let (stride, width, dim) = (columns.padded(), columns.width, columns.dim);
     assert_eq!(columns.panels.len(), stride * dim);
-    let used = range.len().next_multiple_of(kernels.rows);
+    let used = which.len().next_multiple_of(kernels.rows);
     scratch.points.resize(BLOCK * STRIDE, 0.0);
     if scratch.tile.len() < used * stride {
         scratch.tile.resize(used * stride, 0.0);
@@ -145,18 +150,21 @@ pub(crate) fn tile<'s>(
     }[width / kernels.lanes - 1];
 
     for (start, depth) in blocks(dim) {
-        for (i, point) in range.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
-            rows.read(i, start, &mut point[..depth]);
+        let within = start % SLAB;
+        if within == 0 {
+            for (i, point) in which.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
+                rows.read(i, start, &mut point[..SLAB.min(dim - start)]);
+            }
         }
         let block = &columns.panels[start * stride..(start + depth) * stride];
         for (j, panel) in block.chunks_exact(depth * width).enumerate() {
             for i in (0..used).step_by(kernels.rows) {
-                // SAFETY: `points` has BLOCK rows of STRIDE >= depth values and i + kernels.rows <=
-                // used <= BLOCK; `panel` has depth * width values; the tile has `used` rows of
-                // `stride` >= (j + 1) * width values; and `active_isa` is available.
+                // SAFETY: `points` has BLOCK rows of STRIDE >= within + depth values and i +
+                // kernels.rows <= used <= BLOCK; `panel` has depth * width values; the tile has
+                // `used` rows of `stride` >= (j + 1) * width values; and `active_isa` is available.
                 unsafe {
                     micro(
-                        scratch.points.as_ptr().add(i * STRIDE),
+                        scratch.points.as_ptr().add(i * STRIDE + within),
                         panel.as_ptr(),
                         depth,
                         scratch.tile.as_mut_ptr().add(i * stride + j * width),
@@ -167,7 +175,48 @@ pub(crate) fn tile<'s>(
             }
         }
     }
-    &mut scratch.tile[..range.len() * stride]
+    &mut scratch.tile[..which.len() * stride]
+}
+
+/// The products of single pairs `(row, column)`, at most [`CHAINS`] of them: the same chains, and so
+/// the same bits, as [`tile`] with [`Form::Dot`]. The columns are rows of `columns`, a row-major slice.
+pub(crate) fn chains(
+    rows: &impl Rows,
+    columns: &[f32],
+    pairs: &[(usize, usize)],
+    scratch: &mut Scratch,
+) -> [f32; CHAINS] {
+    let dim = rows.dim();
+    scratch.points.resize(BLOCK * STRIDE, 0.0);
+    let mut total = [0.0f32; CHAINS];
+    for (start, depth) in blocks(dim) {
+        for (i, (&(row, _), point)) in pairs
+            .iter()
+            .zip(scratch.points.chunks_exact_mut(STRIDE))
+            .enumerate()
+        {
+            // Pairs come sorted by row: read each row once.
+            if i == 0 || pairs[i - 1].0 != row {
+                rows.read(row, start, &mut point[..depth]);
+            }
+        }
+        let mut source = 0;
+        let x: [&[f32]; CHAINS] = std::array::from_fn(|l| {
+            if l < pairs.len() && (l == 0 || pairs[l - 1].0 != pairs[l].0) {
+                source = l;
+            }
+            &scratch.points[source * STRIDE..][..depth]
+        });
+        let y: [&[f32]; CHAINS] = std::array::from_fn(|l| {
+            let (_, column) = pairs[l.min(pairs.len() - 1)];
+            &columns[column * dim + start..][..depth]
+        });
+        let sums = vector::chain_dots(x, y);
+        for (t, s) in total.iter_mut().zip(sums) {
+            *t = if start == 0 { s } else { *t + s };
+        }
+    }
+    total
 }
 
 #[cfg(test)]
@@ -222,6 +271,14 @@ mod tests {
                             want.to_bits(),
                             "{form:?} {m} {n} {d} {i} {j}"
                         );
+                    }
+                }
+                let pairs: Vec<_> = (0..m * n).map(|p| (p / n, p % n)).collect();
+                for pairs in pairs.chunks(CHAINS) {
+                    let got = chains(&(&x[..], d), &y, pairs, &mut scratch);
+                    for (got, &(i, j)) in got.iter().zip(pairs) {
+                        let want = chain(Form::Dot, &x[i * d..(i + 1) * d], &y[j * d..(j + 1) * d]);
+                        assert_eq!(got.to_bits(), want.to_bits(), "{m} {n} {d} {i} {j}");
                     }
                 }
             }

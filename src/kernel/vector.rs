@@ -1,12 +1,15 @@
 //! Loops over one row, compiled once for each instruction set.
 //!
-//! The same Rust body runs everywhere: rustc neither fuses nor reorders floating-point operations,
-//! so wider registers change the speed and not one bit. Sums run in a fixed number of lanes.
+//! The same Rust body runs everywhere: rustc neither fuses nor reorders floating-point operations
+//! unless told to, so wider registers change the speed and not one bit. Sums run in a fixed number of
+//! lanes.
 
-use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
 use super::isa::{Isa, active_isa};
+use super::tile::CHAINS;
 
 /// Lanes of a sum: part of the bits.
 const LANES: usize = 32;
@@ -31,7 +34,7 @@ macro_rules! multiversion {
 
                 match active_isa() {
                     // SAFETY: `active_isa` returns only what this processor has.
-                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    Isa::Avx512Bf16 | Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     _ => {}
@@ -70,6 +73,62 @@ multiversion! {
         }
     }
 
+    /// `sum += x - base` and `squares += (x - base)^2`.
+    pub fn add_with_squares(sum: &mut [f64], squares: &mut [f64], x: &[f32], base: &[f32]) {
+        for (((s, q), &v), &b) in sum.iter_mut().zip(squares).zip(x).zip(base) {
+            let v = f64::from(v) - f64::from(b);
+            *s += v;
+            *q += v * v;
+        }
+    }
+
+    /// [`group_dot`] in f32.
+    pub fn group_dot_single(rows: [&[f32]; GROUP], w: &[f32]) -> [f32; GROUP] {
+        let n = w.len();
+        let rows = rows.map(|row| &row[..n]);
+        let whole = n - n % LANES;
+        let mut lanes = [[0.0f32; LANES]; GROUP];
+        for start in (0..whole).step_by(LANES) {
+            let w: &[f32; LANES] = fixed(&w[start..start + LANES]);
+            for (sum, row) in lanes.iter_mut().zip(rows) {
+                let x: &[f32; LANES] = fixed(&row[start..start + LANES]);
+                for l in 0..LANES {
+                    sum[l] += x[l] * w[l];
+                }
+            }
+        }
+        for (lanes, row) in lanes.iter_mut().zip(rows) {
+            for (l, (&a, &b)) in row[whole..].iter().zip(&w[whole..]).enumerate() {
+                lanes[l] += a * b;
+            }
+        }
+        lanes.map(|mut lanes| {
+            let mut width = LANES / 2;
+            while width > 0 {
+                for l in 0..width {
+                    lanes[l] += lanes[l + width];
+                }
+                width /= 2;
+            }
+            lanes[0]
+        })
+    }
+
+    /// [`group_add_scaled`] in f32.
+    pub fn group_add_scaled_single(sum: &mut [f32], factors: [f32; GROUP], rows: [&[f32]; GROUP]) {
+        let n = sum.len();
+        let [a, b, c, d] = rows.map(|row| &row[..n]);
+        let [p, q, r, s] = factors;
+        for i in 0..n {
+            let mut v = sum[i];
+            v += p * a[i];
+            v += q * b[i];
+            v += r * c[i];
+            v += s * d[i];
+            sum[i] = v;
+        }
+    }
+
     /// The largest magnitude's bits; at or above those of infinity if an element is not finite.
     pub fn max_abs_bits(x: &[f32]) -> u32 {
         x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))
@@ -105,21 +164,6 @@ multiversion! {
     pub fn add_scaled(sum: &mut [f64], factor: f64, x: &[f32]) {
         for (s, &v) in sum.iter_mut().zip(x) {
             *s += factor * f64::from(v);
-        }
-    }
-
-    /// `sum += factor * (x - mean)^2`.
-    pub fn add_scaled_squares(sum: &mut [f64], factor: f64, x: &[f32], mean: &[f64]) {
-        for ((s, &v), m) in sum.iter_mut().zip(x).zip(mean) {
-            let v = f64::from(v) - m;
-            *s += factor * (v * v);
-        }
-    }
-
-    /// `sum += sqrt(x)`, the root in f32.
-    pub fn add_roots(sum: &mut [f64], x: &[f32]) {
-        for (s, &v) in sum.iter_mut().zip(x) {
-            *s += f64::from(v.sqrt());
         }
     }
 
@@ -231,6 +275,149 @@ multiversion! {
         combine(lanes)
     }
 
+    /// For each pair, one chain of fused multiply-adds in coordinate order, from zero.
+    pub fn chain_dots(x: [&[f32]; CHAINS], y: [&[f32]; CHAINS]) -> [f32; CHAINS] {
+        let depth = x[0].len();
+        let (x, y) = (x.map(|x| &x[..depth]), y.map(|y| &y[..depth]));
+        let mut sums = [0.0f32; CHAINS];
+        for p in 0..depth {
+            for l in 0..CHAINS {
+                sums[l] = x[l][p].mul_add(y[l][p], sums[l]);
+            }
+        }
+        sums
+    }
+
+    /// `x * factor` to the nearest whole number, for x from 0 on.
+    pub fn quantise(x: &[f32], factor: f32, out: &mut [u16]) {
+        for (o, v) in out.iter_mut().zip(x) {
+            *o = (v * factor + 0.5) as i32 as u16;
+        }
+    }
+
+    /// The square root of each.
+    pub fn roots(x: &mut [f32]) {
+        for v in x {
+            *v = v.sqrt();
+        }
+    }
+
+    /// `sum += x`, wrapping.
+    pub fn add_steps(sum: &mut [u32], x: &[u16]) {
+        for (s, &v) in sum.iter_mut().zip(x) {
+            *s = s.wrapping_add(u32::from(v));
+        }
+    }
+
+    /// `to += x` and `from -= x`, wrapping.
+    pub fn move_steps(from: &mut [u32], to: &mut [u32], x: &[u16]) {
+        for ((f, t), &v) in from.iter_mut().zip(to).zip(x) {
+            *f = f.wrapping_sub(u32::from(v));
+            *t = t.wrapping_add(u32::from(v));
+        }
+    }
+
+    /// Enters column c, of values `sums * factor - offset`, into the smallest, the second smallest and
+    /// the place of the smallest of each row.
+    pub fn enter_column(
+        first: &mut [f32], second: &mut [f32], place: &mut [u32],
+        sums: &[u32], factor: f32, offset: f32, c: u32,
+    ) {
+        let n = first.len();
+        let (second, place, sums) = (&mut second[..n], &mut place[..n], &sums[..n]);
+        for i in 0..n {
+            let value = sums[i] as f32 * factor - offset;
+            let wins = value < first[i];
+            let loser = if wins { first[i] } else { value };
+            second[i] = if loser < second[i] { loser } else { second[i] };
+            place[i] = if wins { c } else { place[i] };
+            first[i] = if wins { value } else { first[i] };
+        }
+    }
+
+    /// The sum of `min(x, y)`.
+    pub fn sum_of_smaller(x: &[f32], y: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let y = &y[..x.len()];
+        let (mut xs, mut ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+        for (a, b) in (&mut xs).zip(&mut ys) {
+            for l in 0..LANES {
+                lanes[l] += f64::from(if b[l] < a[l] { b[l] } else { a[l] });
+            }
+        }
+        for (l, (&a, &b)) in xs.remainder().iter().zip(ys.remainder()).enumerate() {
+            lanes[l] += f64::from(if b < a { b } else { a });
+        }
+        combine(lanes)
+    }
+
+    /// `x = min(x, y)`; returns the sum, the bits of [`sum_of_smaller`].
+    pub fn take_smaller(x: &mut [f32], y: &[f32]) -> f64 {
+        let y = &y[..x.len()];
+        for (a, &b) in x.iter_mut().zip(y) {
+            *a = if b < *a { b } else { *a };
+        }
+        let mut lanes = [0.0f64; LANES];
+        for chunk in x.chunks(LANES) {
+            for (lane, &a) in lanes.iter_mut().zip(chunk) {
+                *lane += f64::from(a);
+            }
+        }
+        combine(lanes)
+    }
+
+    /// The smallest and the second smallest of `bias - product`.
+    pub fn two_smallest(bias: &[f32], products: &[f32]) -> (f32, f32) {
+        const WIDTH: usize = 32;
+        let mut first = [f32::INFINITY; WIDTH];
+        let mut second = [f32::INFINITY; WIDTH];
+        let products = &products[..bias.len()];
+        let (mut biases, mut all) = (bias.chunks_exact(WIDTH), products.chunks_exact(WIDTH));
+        for (b, q) in (&mut biases).zip(&mut all) {
+            for l in 0..WIDTH {
+                let score = b[l] - q[l];
+                let loser = if score > first[l] { score } else { first[l] };
+                second[l] = if loser < second[l] { loser } else { second[l] };
+                first[l] = if score < first[l] { score } else { first[l] };
+            }
+        }
+        for (l, (b, q)) in biases.remainder().iter().zip(all.remainder()).enumerate() {
+            let score = b - q;
+            second[l] = second[l].min(first[l].max(score));
+            first[l] = first[l].min(score);
+        }
+        let mut width = WIDTH / 2;
+        while width > 0 {
+            for l in 0..width {
+                let loser = first[l].max(first[l + width]);
+                second[l] = second[l].min(second[l + width]).min(loser);
+                first[l] = first[l].min(first[l + width]);
+            }
+            width /= 2;
+        }
+        (first[0], second[0])
+    }
+
+    /// The first column where `bias - product` is `value`.
+    pub fn find(bias: &[f32], products: &[f32], value: f32) -> Option<usize> {
+        const WIDTH: usize = 32;
+        let n = bias.len();
+        let products = &products[..n];
+        let mut start = 0;
+        while start < n {
+            let end = (start + WIDTH).min(n);
+            let mut hit = false;
+            for c in start..end {
+                hit |= bias[c] - products[c] == value;
+            }
+            if hit {
+                return (start..end).find(|&c| bias[c] - products[c] == value);
+            }
+            start = end;
+        }
+        None
+    }
+
     /// The column with the smallest `bias - product`, the first of equals.
     pub fn arg_min(bias: &[f32], products: &[f32]) -> u32 {
         const WIDTH: usize = 16;
@@ -296,6 +483,35 @@ multiversion! {
             *k = (*k).max(v ^ ((v >> 31) & 0x7fff_ffff));
         }
         widest
+    }
+}
+
+/// Converts half precision; exact.
+pub(crate) fn widen_f16(x: &[f16], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(active_isa(), Isa::Avx512Bf16 | Isa::Avx512) {
+        // SAFETY: `active_isa` returns only what this processor has.
+        return unsafe { widen_f16_avx512(x, out) };
+    }
+    x.convert_to_f32_slice(out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn widen_f16_avx512(x: &[f16], out: &mut [f32]) {
+    use core::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps, _mm512_storeu_ps};
+    const WIDTH: usize = 16;
+    assert_eq!(x.len(), out.len());
+    let (mut from, mut to) = (x.chunks_exact(WIDTH), out.chunks_exact_mut(WIDTH));
+    for (from, to) in (&mut from).zip(&mut to) {
+        // SAFETY: both chunks hold one vector.
+        unsafe {
+            let half = _mm256_loadu_si256(from.as_ptr().cast());
+            _mm512_storeu_ps(to.as_mut_ptr(), _mm512_cvtph_ps(half));
+        }
+    }
+    for (v, o) in from.remainder().iter().zip(to.into_remainder()) {
+        *o = v.to_f32();
     }
 }
 

@@ -1,55 +1,81 @@
 //! Lloyd's iterations.
 
 use crate::error::Result;
-use crate::kernel::{BLOCK, Form, Packed, Rows, Scratch, tile, vector};
+use crate::kernel::{Rows, vector};
 use crate::points::Points;
 use crate::pool::Workers;
 
 use super::Fit;
+use super::assign::Assignment;
+use super::paired::Paired;
 
-/// Rows a task of the assignment; no sum depends on it.
-const TASK: usize = 4 * BLOCK;
 /// Rows whose inertia is summed together: part of the bits.
 const CHUNK: usize = 1024;
 /// Coordinates a task of the update; no sum depends on it.
 const SLICE: usize = 256;
+/// Updates by difference between two from scratch: part of the bits.
+const FRESH: usize = 16;
 
-/// Runs from `centers` (`[k, d]`, coordinates of the points) until the labels repeat, the centres
+/// How the rows find their centres; the labels are the same.
+pub(super) enum Nearest<'a, 'x> {
+    Screened(Assignment<'a, 'x>),
+    Paired(Paired<'a, 'x>),
+}
+
+impl Nearest<'_, '_> {
+    fn labels(&self) -> &[i32] {
+        match self {
+            Nearest::Screened(rows) => &rows.labels,
+            Nearest::Paired(rows) => &rows.labels,
+        }
+    }
+
+    fn reassign(&mut self, centers: &[f32], drift: Vec<f64>, workers: &Workers) -> Result<()> {
+        match self {
+            Nearest::Screened(rows) => rows.reassign(centers, drift, workers),
+            Nearest::Paired(rows) => rows.reassign(centers, workers),
+        }
+    }
+}
+
+/// Runs from `centers` (`[k, d]`, coordinates of the points), to which `rows` are assigned, until the labels repeat, the centres
 /// shift by at most `tol` in all (squared), or `max_iter` iterations are done.
 pub(super) fn lloyd(
     points: &Points,
+    mut rows: Nearest,
     mut centers: Vec<f32>,
     max_iter: usize,
     tol: f64,
     workers: &Workers,
 ) -> Result<Fit> {
-    let (n, d) = (points.rows(), points.dim());
+    let d = points.dim();
     let k = centers.len() / d;
-    let mut labels = vec![-1i32; n];
-    let mut before = vec![-1i32; n];
+    let mut sums = Sums::new(points, k);
     let mut n_iter = 0;
-    let mut settled = false;
-    while n_iter < max_iter {
+    loop {
         n_iter += 1;
-        std::mem::swap(&mut labels, &mut before);
-        assign(points, &centers, &mut labels, workers)?;
-        let moved = update(points, &centers, &labels, workers)?;
-        let shift: f64 = (0..k)
-            .map(|c| vector::square_distance(&moved[c * d..][..d], &centers[c * d..][..d]))
-            .sum();
+        let settled = !sums.follow(rows.labels(), workers)?;
+        if settled {
+            sums.refresh(workers)?;
+        }
+        let moved = sums.means(&centers, workers)?;
+        let squares: Vec<f64> = moved
+            .chunks_exact(d)
+            .zip(centers.chunks_exact(d))
+            .map(|(to, from)| vector::square_distance(to, from))
+            .collect();
         centers = moved;
-        if labels == before {
-            settled = true;
+        if settled {
             break;
         }
-        if shift <= tol {
+        // 1e-6: the rounding of the differences.
+        let drift = squares.iter().map(|s| s.sqrt() * (1.0 + 1e-6)).collect();
+        rows.reassign(&centers, drift, workers)?;
+        if n_iter == max_iter || squares.iter().sum::<f64>() <= tol {
             break;
         }
     }
-    if !settled {
-        // The centres moved after the last assignment.
-        assign(points, &centers, &mut labels, workers)?;
-    }
+    let labels = rows.labels().to_vec();
     let inertia = inertia(points, &centers, &labels, workers)?;
     let mut used = vec![false; k];
     labels.iter().for_each(|&l| used[l as usize] = true);
@@ -62,112 +88,162 @@ pub(super) fn lloyd(
     })
 }
 
-/// Writes the nearest centre of each row, the first of equals.
-pub(super) fn assign(
-    points: &Points,
-    centers: &[f32],
-    labels: &mut [i32],
-    workers: &Workers,
-) -> Result<()> {
-    let d = points.dim();
-    let k = centers.len() / d;
-    let columns = Packed::new(&(centers, d), 0..k);
-    // |x - c|^2 / 2 = |x|^2 / 2 + bias - x.c; of unit vectors only the product counts.
-    let bias: Vec<f32> = centers
-        .chunks_exact(d)
-        .map(|c| {
-            if points.is_unit() {
-                0.0
-            } else {
-                (0.5 * vector::square_norm(c)) as f32
+/// A row and the factor with which it enters a sum.
+type Entry = (u32, f64);
+/// What enters some coordinates of a sum, from which coordinate on, and the sum.
+type Slice<'s> = (&'s [Entry], usize, &'s mut [f64]);
+
+/// The sums of the rows of each cluster, which follow the labels.
+struct Sums<'a, 'x> {
+    points: &'a Points<'x>,
+    k: usize,
+    labels: Vec<i32>,
+    counts: Vec<usize>,
+    sums: Vec<f64>,
+    /// Updates by difference since the last one from scratch.
+    age: usize,
+}
+
+impl<'a, 'x> Sums<'a, 'x> {
+    fn new(points: &'a Points<'x>, k: usize) -> Self {
+        Sums {
+            points,
+            k,
+            labels: vec![-1; points.rows()],
+            counts: vec![0; k],
+            sums: vec![0.0; k * points.dim()],
+            age: FRESH,
+        }
+    }
+
+    /// Takes new labels; false if they are the old ones.
+    fn follow(&mut self, labels: &[i32], workers: &Workers) -> Result<bool> {
+        let moves = self
+            .labels
+            .iter()
+            .zip(labels)
+            .filter(|(a, b)| a != b)
+            .count();
+        if moves == 0 {
+            return Ok(false);
+        }
+        // A move costs two additions of a row, in scattered order.
+        if self.age >= FRESH || 4 * moves > labels.len() {
+            self.labels.copy_from_slice(labels);
+            self.count();
+            self.age = 1;
+            return self.refresh(workers).map(|()| true);
+        }
+        self.age += 1;
+        // What each cluster loses and gains, in index order.
+        let mut changes: Vec<Vec<Entry>> = vec![Vec::new(); self.k];
+        for (i, (old, &new)) in self.labels.iter_mut().zip(labels).enumerate() {
+            if *old != new {
+                changes[*old as usize].push((i as u32, -1.0));
+                changes[new as usize].push((i as u32, 1.0));
+                *old = new;
             }
-        })
-        .collect();
-    workers.each_with(
-        labels.chunks_mut(TASK).enumerate(),
-        Scratch::default,
-        |scratch, (task, labels)| {
-            for (block, labels) in labels.chunks_mut(BLOCK).enumerate() {
-                let from = task * TASK + block * BLOCK;
-                let rows = from..from + labels.len();
-                let products = tile(Form::Dot, points, rows, &columns, scratch);
-                for (label, row) in labels
-                    .iter_mut()
-                    .zip(products.chunks_exact(columns.padded()))
-                {
-                    *label = vector::arg_min(&bias, row) as i32;
+        }
+        self.count();
+        self.add(&changes, workers)?;
+        Ok(true)
+    }
+
+    fn count(&mut self) {
+        self.counts.fill(0);
+        self.labels
+            .iter()
+            .for_each(|&l| self.counts[l as usize] += 1);
+    }
+
+    /// Sums the rows from scratch, in index order; nothing to do if they were.
+    fn refresh(&mut self, workers: &Workers) -> Result<()> {
+        if self.age == 0 {
+            return Ok(());
+        }
+        self.age = 0;
+        self.sums.fill(0.0);
+        let mut members: Vec<Vec<Entry>> =
+            self.counts.iter().map(|&n| Vec::with_capacity(n)).collect();
+        for (i, &l) in self.labels.iter().enumerate() {
+            members[l as usize].push((i as u32, 1.0));
+        }
+        self.add(&members, workers)
+    }
+
+    /// Adds rows, with their factors, to the clusters.
+    fn add(&mut self, rows: &[Vec<Entry>], workers: &Workers) -> Result<()> {
+        let points = self.points;
+        let slices: Vec<Slice> = self
+            .sums
+            .chunks_mut(points.dim())
+            .zip(rows)
+            .filter(|(_, rows)| !rows.is_empty())
+            .flat_map(|(sum, rows)| {
+                sum.chunks_mut(SLICE)
+                    .enumerate()
+                    .map(move |(s, slice)| (rows.as_slice(), s * SLICE, slice))
+            })
+            .collect();
+        workers.each_with(
+            slices.into_iter(),
+            || vec![0.0f32; SLICE],
+            |row, (rows, start, sum)| {
+                let row = &mut row[..sum.len()];
+                for &(i, factor) in rows {
+                    points.read(i as usize, start, row);
+                    if factor == 1.0 {
+                        vector::add(sum, row);
+                    } else {
+                        vector::add_scaled(sum, factor, row);
+                    }
                 }
-            }
-        },
-    )
-}
-
-/// The rows of each cluster, in index order: `order[starts[c]..starts[c + 1]]`.
-fn members(labels: &[i32], k: usize) -> (Vec<usize>, Vec<u32>) {
-    let mut starts = vec![0usize; k + 1];
-    labels.iter().for_each(|&l| starts[l as usize + 1] += 1);
-    for c in 0..k {
-        starts[c + 1] += starts[c];
-    }
-    let mut next = starts.clone();
-    let mut order = vec![0u32; labels.len()];
-    for (i, &l) in labels.iter().enumerate() {
-        order[next[l as usize]] = i as u32;
-        next[l as usize] += 1;
-    }
-    (starts, order)
-}
-
-/// The means of the clusters; an empty one takes over the row farthest from its centre.
-fn update(points: &Points, centers: &[f32], labels: &[i32], workers: &Workers) -> Result<Vec<f32>> {
-    let d = points.dim();
-    let k = centers.len() / d;
-    let (starts, order) = members(labels, k);
-    let mut sums = vec![0.0f64; k * d];
-    let slices: Vec<(usize, usize, &mut [f64])> = sums
-        .chunks_mut(d)
-        .enumerate()
-        .flat_map(|(c, sum)| {
-            sum.chunks_mut(SLICE)
-                .enumerate()
-                .map(move |(s, slice)| (c, s * SLICE, slice))
-        })
-        .collect();
-    workers.each_with(
-        slices.into_iter(),
-        || vec![0.0f32; SLICE],
-        |row, (c, start, sum)| {
-            let row = &mut row[..sum.len()];
-            for &i in &order[starts[c]..starts[c + 1]] {
-                points.read(i as usize, start, row);
-                vector::add(sum, row);
-            }
-        },
-    )?;
-    let mut counts: Vec<usize> = starts.windows(2).map(|w| w[1] - w[0]).collect();
-    if counts.contains(&0) {
-        refill_empty(points, centers, labels, &mut sums, &mut counts, workers)?;
+            },
+        )
     }
 
-    let mut moved = centers.to_vec();
-    for (c, center) in moved.chunks_exact_mut(d).enumerate() {
-        if counts[c] == 0 {
-            continue; // fewer distinct rows than clusters: it stays where it is
+    /// The means of the clusters; an empty one takes over the row farthest from its centre.
+    fn means(&self, centers: &[f32], workers: &Workers) -> Result<Vec<f32>> {
+        if !self.counts.contains(&0) {
+            return Ok(self.divide(centers, &self.sums, &self.counts));
         }
-        let sum = &sums[c * d..(c + 1) * d];
-        let length = if points.is_unit() {
-            vector::dot_f64(sum, sum).sqrt()
-        } else {
-            counts[c] as f64
-        };
-        if length > 0.0 {
-            center
-                .iter_mut()
-                .zip(sum)
-                .for_each(|(v, s)| *v = (s / length) as f32);
-        }
+        let (mut sums, mut counts) = (self.sums.clone(), self.counts.clone());
+        refill_empty(
+            self.points,
+            centers,
+            &self.labels,
+            &mut sums,
+            &mut counts,
+            workers,
+        )?;
+        Ok(self.divide(centers, &sums, &counts))
     }
-    Ok(moved)
+
+    fn divide(&self, centers: &[f32], sums: &[f64], counts: &[usize]) -> Vec<f32> {
+        let d = self.points.dim();
+        let mut moved = centers.to_vec();
+        for ((center, sum), &count) in moved
+            .chunks_exact_mut(d)
+            .zip(sums.chunks_exact(d))
+            .zip(counts)
+        {
+            if count == 0 {
+                continue; // fewer distinct rows than clusters: it stays where it is
+            }
+            let length = if self.points.is_unit() {
+                vector::dot_f64(sum, sum).sqrt()
+            } else {
+                count as f64
+            };
+            if length > 0.0 {
+                center
+                    .iter_mut()
+                    .zip(sum)
+                    .for_each(|(v, s)| *v = (s / length) as f32);
+            }
+        }
+        moved
+    }
 }
 
 /// Gives each empty cluster, in order, the row farthest from its own centre among those not yet

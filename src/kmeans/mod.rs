@@ -4,17 +4,30 @@
 //! stopping rule, the same repair of empty clusters; from the same starting centres it ends at the
 //! same labels. What differs is that nothing here depends on the number of threads.
 //!
-//! Scratch memory beside the input: `O(n + k d)`, 104 KB and one tile of `96 k` floats a thread, and
-//! while seeding `n (2 + ln k)` floats.
+//! Labels are defined by f32 arithmetic, in one order on every processor. Most of it is never done: see
+//! the bounds of `assign` and the screens of `kernel::screen`, which prove that the outcome is the same.
+//!
+//! Scratch memory beside the input: `O(n + k d)` (20 bytes a row), at most 64 MB of distances while seeding
+//! (but 4 bytes for each row and candidate of one step, of which there are `2 + ln k`), and for each
+//! thread under 1 MB. Where several fits of at most 5,120 rows can share them, the
+//! distances between all rows are kept: `6 n^2` bytes, 157 MB at most.
 
+mod assign;
 mod lloyd;
+mod paired;
 mod seed;
 
 use crate::error::{Error, Result};
+use crate::kernel::{BLOCK, Rows};
 use crate::matrix::Matrix;
+use crate::pairs::Pairs;
 use crate::points::Points;
 use crate::pool::Workers;
 use crate::silhouette::{self, Distance};
+
+use assign::Assignment;
+use lloyd::Nearest;
+use paired::Paired;
 
 /// What k-means minimises.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -163,7 +176,18 @@ impl KMeans {
             Init::PlusPlus => self.n_init,
             Init::Centers(_) => 1,
         };
-        let mut fits = self.run(&points, &[self.n_clusters], restarts, workers)?;
+        let ks = [self.n_clusters];
+        // The work on the pairs, and what it saves of seeding and iterations.
+        let saved = 16 * self.n_clusters * restarts;
+        let pairs = if self.init == Init::PlusPlus
+            && self.metric == Metric::Euclidean
+            && x.rows() <= Pairs::MOST.min(saved)
+        {
+            Some(Pairs::new(&points.unshifted(), workers)?)
+        } else {
+            None
+        };
+        let mut fits = self.run(&points, pairs.as_ref(), &ks, restarts, workers)?;
         fits.pop()
             .ok_or_else(|| Error::argument("n_init", 0, "must be at least 1"))
     }
@@ -209,7 +233,13 @@ impl KMeans {
             settings.check(x, k)?;
         }
         let points = settings.points(x, workers)?;
-        let fits = settings.run(&points, ks, n_init, workers)?;
+        let pairs = match self.metric {
+            Metric::Euclidean if x.rows() <= Pairs::MOST => {
+                Some(Pairs::new(&points.unshifted(), workers)?)
+            }
+            _ => None,
+        };
+        let fits = settings.run(&points, pairs.as_ref(), ks, n_init, workers)?;
 
         let defined = |fit: &Fit| fit.n_used >= 2 && fit.n_used < x.rows();
         let labelings: Vec<&[i32]> = fits
@@ -217,12 +247,19 @@ impl KMeans {
             .filter(|fit| defined(fit))
             .map(|fit| fit.labels.as_slice())
             .collect();
-        let distance = match self.metric {
-            Metric::Euclidean => Distance::Euclidean,
-            Metric::Cosine => Distance::Cosine,
+        let scores = match (pairs, self.metric) {
+            (Some(pairs), _) => {
+                silhouette::of_distances(&pairs.into_roots(workers)?, &labelings, workers)?
+            }
+            (None, metric) => {
+                let distance = match metric {
+                    Metric::Euclidean => Distance::Euclidean,
+                    Metric::Cosine => Distance::Cosine,
+                };
+                silhouette::silhouettes_with(x, &labelings, distance, workers)?
+            }
         };
-        let mut scores =
-            silhouette::silhouettes_with(x, &labelings, distance, workers)?.into_iter();
+        let mut scores = scores.into_iter();
         Ok(ks
             .iter()
             .zip(fits)
@@ -271,44 +308,81 @@ impl KMeans {
         Ok(())
     }
 
-    /// The best restart for each k.
+    /// The best restart for each k. `pairs` are the distances between the unshifted points, where they
+    /// are known (Euclidean only): the results are the same.
     fn run(
         &self,
         points: &Points,
+        pairs: Option<&Pairs>,
         ks: &[usize],
         restarts: usize,
         workers: &Workers,
     ) -> Result<Vec<Fit>> {
+        let jobs: Vec<(usize, usize)> = ks
+            .iter()
+            .flat_map(|&k| (0..restarts).map(move |restart| (k, restart)))
+            .collect();
+        let seeds = match &self.init {
+            Init::PlusPlus => {
+                let unshifted = points.unshifted();
+                seed::plus_plus(&unshifted, pairs, &jobs, self.seed, workers)?
+            }
+            Init::Centers(_) => Vec::new(),
+        };
+        let coarse = match pairs {
+            Some(pairs) => Some((
+                pairs.coarse(points.dim(), workers)?,
+                points.widest_norm(workers)?,
+            )),
+            None => None,
+        };
+        let tol = self.tol * points.mean_variance;
+        let work = |job: usize, inner: &Workers| {
+            let centers = match &self.init {
+                Init::PlusPlus => points.gather(&seeds[job]),
+                Init::Centers(centers) => points.import(centers),
+            };
+            let rows = match &coarse {
+                Some((coarse, widest)) => Nearest::Paired(Paired::new(
+                    points,
+                    coarse,
+                    *widest,
+                    &seeds[job],
+                    &centers,
+                    inner,
+                )?),
+                None => {
+                    let mut rows = Assignment::new(points);
+                    rows.assign(&centers, inner)?;
+                    Nearest::Screened(rows)
+                }
+            };
+            lloyd::lloyd(points, rows, centers, self.max_iter, tol, inner)
+        };
         // Small problems run whole, one a thread; large ones one after the other on all threads.
         // The results are the same.
-        let jobs = ks.len() * restarts;
-        let work = |job: usize, inner: &Workers| {
-            let (k, restart) = (ks[job / restarts], job % restarts);
-            self.one(points, k, restart, inner)
-        };
-        let small = crate::kernel::Rows::rows(points) < 8 * crate::kernel::BLOCK;
-        let fits: Vec<Result<Fit>> = if small && jobs > 1 {
-            workers.map(jobs, |job| work(job, &workers.serial()))?
-        } else {
-            (0..jobs).map(|job| work(job, workers)).collect()
-        };
+        let small = coarse.is_some() || points.rows() < 8 * BLOCK;
         let mut best: Vec<Option<Fit>> = vec![None; ks.len()];
-        for (job, fit) in fits.into_iter().enumerate() {
-            let (fit, slot) = (fit?, &mut best[job / restarts]);
+        let mut keep = |job: usize, fit: Fit| {
+            let slot = &mut best[job / restarts];
             if slot.as_ref().is_none_or(|b| fit.inertia < b.inertia) {
                 *slot = Some(fit);
             }
+        };
+        if small && jobs.len() > 1 {
+            // A k at a time: only its restarts are kept.
+            for first in (0..jobs.len()).step_by(restarts) {
+                let fits = workers.map(restarts, |r| work(first + r, &workers.serial()))?;
+                for (r, fit) in fits.into_iter().enumerate() {
+                    keep(first + r, fit?);
+                }
+            }
+        } else {
+            for job in 0..jobs.len() {
+                keep(job, work(job, workers)?);
+            }
         }
         Ok(best.into_iter().flatten().collect())
-    }
-
-    fn one(&self, points: &Points, k: usize, restart: usize, workers: &Workers) -> Result<Fit> {
-        let start = match &self.init {
-            Init::PlusPlus => seed::plus_plus(points, k, self.seed, restart as u64, workers)?,
-            Init::Centers(centers) => points.import(centers),
-        };
-        let tol = self.tol * points.mean_variance;
-        lloyd::lloyd(points, start, self.max_iter, tol, workers)
     }
 }
 
@@ -361,7 +435,34 @@ pub fn predict(x: &Matrix, centers: &[f32], metric: Metric, workers: &Workers) -
             Points::shifted(*x, &middle, workers)?
         }
     };
-    let mut labels = vec![0i32; x.rows()];
-    lloyd::assign(&points, &points.import(centers), &mut labels, workers)?;
-    Ok(labels)
+    let mut rows = Assignment::new(&points);
+    rows.assign(&points.import(centers), workers)?;
+    Ok(rows.labels)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances_between_rows_change_no_bit() {
+        let workers = Workers::new(Some(2)).unwrap();
+        for (n, d, spread) in [(60, 300, 0.3), (400, 8, 0.0), (900, 40, 2.0)] {
+            let mut x: Vec<f32> = (0..n * d)
+                .map(|i| {
+                    let noise = (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40;
+                    noise as f32 / (1u64 << 24) as f32 + spread * ((i / d) % 5) as f32 + 3.0
+                })
+                .collect();
+            x.copy_within(0..10 * d, 20 * d);
+            let x = Matrix::new(&x, n, d).unwrap();
+            let settings = KMeans::new(2).max_iter(40).tol(0.0);
+            let points = settings.points(&x, &workers).unwrap();
+            let pairs = Pairs::new(&points.unshifted(), &workers).unwrap();
+            for k in [1, 2, 7, 19] {
+                let of = |pairs| settings.run(&points, pairs, &[k], 4, &workers).unwrap();
+                assert_eq!(of(None), of(Some(&pairs)), "{n} {d} {k}");
+            }
+        }
+    }
 }
