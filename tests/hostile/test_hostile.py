@@ -90,7 +90,7 @@ def cut(size: int, which: str = "patch") -> Spoil:
     def spoil(patch: Path, target: Path) -> None:
         path = patch if which == "patch" else target / "model.safetensors"
         content = path.read_bytes()
-        path.write_bytes(content[:size] if size >= 0 else content[:size])
+        path.write_bytes(content[:size])
 
     return spoil
 
