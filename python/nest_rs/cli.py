@@ -17,7 +17,7 @@ from nest_rs.command import Command
 from nest_rs.config import TuneConfig, build_config, explain, read_yaml
 from nest_rs.errors import NestError
 from nest_rs.export import Precision
-from nest_rs.patch_commands import Apply, Inspect, Remove, Verify
+from nest_rs.patch_commands import Apply, Inspect, Remove, Sign, Verify
 
 
 def _with_settings(name: str, base: type[BaseModel], doc: str, *, leave_out: set[str]) -> type[Any]:
@@ -223,6 +223,7 @@ class NestRs(BaseSettings):
     remove: CliSubCommand[Remove]
     verify: CliSubCommand[Verify]
     inspect: CliSubCommand[Inspect]
+    sign: CliSubCommand[Sign]
     env: CliSubCommand[Env]
 
 

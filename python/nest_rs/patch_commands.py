@@ -1,15 +1,18 @@
-"""The commands on patches: apply, remove, verify, inspect."""
+"""The commands on patches: apply, remove, verify, inspect, sign."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import AliasChoices, Field
 from pydantic_settings import CliPositionalArg
 
 from nest_rs.command import Command
 from nest_rs.errors import NestError
+
+if TYPE_CHECKING:
+    from nest_rs.patch import NestPatch
 
 # What `verify` exits with; 2 is an error, as everywhere.
 EXIT = {"patched": 0, "clean": 3, "other": 4, "tampered": 5}
@@ -19,6 +22,17 @@ class _OnTarget(Command):
     patch: CliPositionalArg[Path] = Field(description="patch file (nest_patch.safetensors)")
     target: CliPositionalArg[Path] = Field(description="Hugging Face folder, ONNX folder or .gguf file")
     base: Path | None = Field(None, description="the patch's base, for targets of less precision than it has")
+    public_key: Path | None = Field(None, description="refuse a patch that this key has not signed (PEM, Ed25519)")
+
+    def load(self) -> NestPatch:
+        from nest_rs.patch import NestPatch
+
+        patch = NestPatch.load(self.patch)
+        if self.public_key is not None:
+            from nest_rs.signing import check_signature
+
+            check_signature(self.patch, patch, self.public_key)
+        return patch
 
 
 class _Write(_OnTarget):
@@ -51,9 +65,7 @@ class Apply(_Write):
     to_lora: bool = Field(False, description="write the patch itself as a PEFT LoRA adapter to OUT (no TARGET)")
 
     def run(self) -> dict[str, Any]:
-        from nest_rs.patch import NestPatch
-
-        patch = NestPatch.load(self.patch)
+        patch = self.load()
         if self.to_lora:
             if self.out is None:
                 raise NestError("no output named for the adapter", mend="pass -o OUT")
@@ -68,9 +80,7 @@ class Remove(_Write):
     """Take a patch off a model: every file is then what it was, to the bit."""
 
     def run(self) -> dict[str, Any]:
-        from nest_rs.patch import NestPatch
-
-        done = NestPatch.load(self.patch).remove(self.target, out=self.where(), base=self.base)
+        done = self.load().remove(self.target, out=self.where(), base=self.base)
         return {"path": str(done.path), "patch": done.patch, "done": "off"}
 
 
@@ -78,9 +88,7 @@ class Verify(_OnTarget):
     """Tell whether a model carries a patch. Exit status: 0 patched, 3 clean, 4 another patch, 5 tampered, 2 error."""
 
     def run(self) -> dict[str, Any]:
-        from nest_rs.patch import NestPatch
-
-        patch = NestPatch.load(self.patch)
+        patch = self.load()
         found = patch.verify(self.target, base=self.base)
         return {
             "state": found.state,
@@ -108,6 +116,21 @@ class Verify(_OnTarget):
 
     def status(self, result: dict[str, Any]) -> int:
         return EXIT[result["state"]]
+
+
+class Sign(Command):
+    """Sign a patch with an Ed25519 key; the signature lies beside it as PATCH.sig."""
+
+    patch: CliPositionalArg[Path] = Field(description="patch file (nest_patch.safetensors)")
+    key: Path = Field(description="private key (PEM)")
+
+    def run(self) -> dict[str, Any]:
+        from nest_rs.signing import sign
+
+        return {"signature": str(sign(self.patch, self.key))}
+
+    def show(self, result: dict[str, Any]) -> None:
+        print(f"signature: {result['signature']}")
 
 
 class Inspect(Command):
