@@ -60,6 +60,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A file or folder that was to be changed cannot be.
+    #[error("`{path}`: {reason}")]
+    Target {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The operating system refused.
     #[error("`{path}`: {source}")]
     Io {
@@ -108,6 +116,13 @@ impl Error {
     pub(crate) fn tensor(name: &str, reason: impl Into<String>) -> Self {
         Error::Tensor {
             name: name.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn target(path: &Path, reason: impl Into<String>) -> Self {
+        Error::Target {
+            path: path.to_path_buf(),
             reason: reason.into(),
         }
     }

@@ -321,6 +321,33 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_a_header_or_an_error(
+            flips in proptest::collection::vec(
+                (proptest::prelude::any::<proptest::sample::Index>(), proptest::prelude::any::<u8>()), 0..6,
+            ),
+            wild in proptest::option::of(proptest::collection::vec(proptest::prelude::any::<u8>(), 0..80)),
+            data in 0u64..64,
+        ) {
+            let good = br#"{"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},"__metadata__":{"k":"v"},
+                "b":{"dtype":"F32","shape":[2],"data_offsets":[12,20]}}"#;
+            let mut json = wild.unwrap_or_else(|| good.to_vec());
+            for (at, value) in flips {
+                if !json.is_empty() {
+                    let at = at.index(json.len());
+                    json[at] = value;
+                }
+            }
+            let len = 8 + json.len() as u64 + data;
+            if let Ok(header) = parse(&json, len) {
+                for tensor in header.tensors {
+                    assert!(tensor.span.0 <= tensor.span.1 && tensor.span.1 <= len);
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_we_write_the_safetensors_crate_reads() {
         let metadata = BTreeMap::from([("quo\"te".to_string(), "n\nl".to_string())]);

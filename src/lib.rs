@@ -45,6 +45,7 @@
 pub mod activations;
 mod error;
 pub mod fold;
+pub mod gguf;
 mod header;
 mod kernel;
 pub mod kmeans;

@@ -4,6 +4,8 @@
 //! bfloat16). Long calls release the GIL; the calling thread only watches for signals, so that
 //! Ctrl-C is seen at once.
 
+mod patch;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -767,5 +769,5 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyClassStats>()?;
     module.add_class::<PyStoreWriter>()?;
     module.add_class::<PyStore>()?;
-    Ok(())
+    patch::add(module)
 }

@@ -77,7 +77,8 @@ def test_a_patch_is_read_back_as_it_was(tiny: Path, tmp_path: Path) -> None:
 def test_a_patch_is_an_ordinary_safetensors_file(tiny: Path, tmp_path: Path) -> None:
     some_patch(tiny, seed=3).save(tmp_path / "patch.safetensors")
     with safe_open(tmp_path / "patch.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["nest_patch"]) == {"format": FORMAT, "seed": 3}
+        manifest = json.loads(file.metadata()["nest_patch"])
+        assert manifest == {"format": FORMAT, "seed": 3, "sha256": some_patch(tiny, seed=3).id}
         assert file.get_tensor(f"{UP}.rows").dtype == torch.int32
         assert file.get_tensor(f"{UP}.cluster").dtype == torch.int16
         assert file.get_tensor(f"{UP}.delta").shape == (3, 64)
@@ -146,7 +147,9 @@ def write_arrays(path: Path, spoil: Callable[[Arrays], Any], metadata: dict[str,
     return path
 
 
-GOOD = {"nest_patch": json.dumps({"format": FORMAT})}
+# The id of the unspoiled arrays without any manifest.
+ID = "63983381229836e6658a33de5b75bd6656187d43987feb12b5d097eb34ed4d8c"
+GOOD = {"nest_patch": json.dumps({"format": FORMAT, "sha256": ID})}
 
 
 def test_the_unspoiled_patch_is_read(tmp_path: Path) -> None:
@@ -289,7 +292,10 @@ def test_a_base_of_another_shape_is_refused(changes: dict[str, int], tiny: Path,
 
 def test_a_base_with_other_weights_is_refused(tiny: Path, tmp_path: Path) -> None:
     patch = some_patch(tiny)
-    patch.manifest["sha256_before"] = tensor_sha256(tiny / "model.safetensors", patch.tensors)
+    patch = patch.seal(tiny)
+    assert {name: seal["sha256_before"] for name, seal in patch.manifest["tensors"].items()} == tensor_sha256(
+        tiny / "model.safetensors", patch.tensors
+    )
     merge_folder(Base("tiny", tiny), patch, tmp_path / "right", card="")
     other = tmp_path / "other"
     shutil.copytree(tiny, other)

@@ -13,21 +13,11 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
 from rich.console import Console
 
+from nest_rs.command import Command
 from nest_rs.config import TuneConfig, build_config, explain, read_yaml
 from nest_rs.errors import NestError
 from nest_rs.export import Precision
-
-
-class _Command(BaseModel):
-    json_output: bool = Field(False, alias="json", description="print machine-readable results on stdout")
-    quiet: bool = Field(False, description="no progress messages")
-
-    def run(self) -> Any:
-        """Do the work; what is returned is printed with --json."""
-        raise NotImplementedError
-
-    def show(self, result: Any) -> None:
-        """Print the result for a reader."""
+from nest_rs.patch_commands import Apply, Inspect, Remove, Sign, Verify
 
 
 def _with_settings(name: str, base: type[BaseModel], doc: str, *, leave_out: set[str]) -> type[Any]:
@@ -41,7 +31,7 @@ def _with_settings(name: str, base: type[BaseModel], doc: str, *, leave_out: set
     return create_model(name, __base__=base, __doc__=doc, **fields)
 
 
-class _Settings(_Command):
+class _Settings(Command):
     def given(self) -> dict[str, Any]:
         """The settings from the file and, over them, the flags."""
         config: Path | None = getattr(self, "config", None)
@@ -102,7 +92,7 @@ Train = _with_settings(
 Merge = _with_settings("Merge", _Stage, "Fold a run's patch into a copy of its base.", leave_out=_FIXED)
 
 
-class Eval(_Command):
+class Eval(Command):
     """Judge a model on suites; for a run folder without --suite, its base and merged model on the run's suites."""
 
     model: CliPositionalArg[str] = Field("smollm2-135m", description="model, merged folder or run folder")
@@ -168,7 +158,7 @@ class Eval(_Command):
             print(f"{name}: {text}")
 
 
-class Export(_Command):
+class Export(Command):
     """Export a run's merged model, or any Hugging Face folder, to ONNX Runtime, and compare it with torch."""
 
     folder: CliPositionalArg[Path] = Field(description="run folder or model folder")
@@ -198,7 +188,7 @@ class Export(_Command):
             print(f"{key}: {value}")
 
 
-class Env(_Command):
+class Env(Command):
     """What this machine and installation offer."""
 
     def run(self) -> dict[str, Any]:
@@ -229,6 +219,11 @@ class NestRs(BaseSettings):
     merge: CliSubCommand[Merge]  # type: ignore[valid-type]
     eval: CliSubCommand[Eval]
     export: CliSubCommand[Export]
+    apply: CliSubCommand[Apply]
+    remove: CliSubCommand[Remove]
+    verify: CliSubCommand[Verify]
+    inspect: CliSubCommand[Inspect]
+    sign: CliSubCommand[Sign]
     env: CliSubCommand[Env]
 
 
@@ -265,19 +260,19 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("nest_rs").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         settings = CliApp.run(NestRs, cli_args=_normalise(arguments or ["--help"]))
-        command: _Command = next(value for value in vars(settings).values() if value is not None)
+        command: Command = next(value for value in vars(settings).values() if value is not None)
         result = command.run()
         if command.json_output:
             print(json.dumps(result, indent=2))
         else:
             command.show(result)
+        return command.status(result)
     except ValidationError as error:
         return _fail(explain(error))
     except (NestError, SettingsError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         return _fail(NestError("interrupted", mend="go on with --resume"), status=130)
-    return 0
 
 
 def _fail(error: Exception, status: int = 2) -> int:

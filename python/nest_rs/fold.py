@@ -44,7 +44,8 @@ def merge_folder(base: Base, patch: NestPatch, out: Path, *, card: str, overwrit
     missing = [name for name in patch.tensors if name not in home]
     if missing:
         raise NestError(f"the base `{base.id}` has no tensor {listed(missing)}", mend="is this the patch's base?")
-    expected = patch.manifest.get("sha256_before", {})
+    seals = patch.manifest.get("tensors", {})
+    expected = {name: seal["sha256_before"] for name, seal in seals.items()}
     report: dict[str, Any] = {}
     with new_folder(out, overwrite=overwrite) as scratch:
         for pattern in _SMALL_FILES:

@@ -1,21 +1,47 @@
 """The artefact: which rows of which matrices move, by how much, and on what base.
 
-File format, version 1 (an ordinary safetensors file). For each touched tensor `T` of the checkpoint:
+File format, version 1: an ordinary safetensors file, so byte by byte
 
-- `T.rows`     int32 [n]      row numbers, ascending
-- `T.cluster`  int16 [n]      the cluster of each row, from 0
-- `T.delta`    float32 [k, d] the shared delta of each cluster, added to every row of it
+- 8 bytes, u64 little-endian: the length n of the header;
+- n bytes, the header: JSON that gives type, shape and place of each array, padded with spaces;
+- the arrays, little-endian, one after the other.
 
-and one metadata key, `nest_patch`: a JSON object with `format`, `base` (id, revision), the settings, data hashes, tool
-versions, and the SHA-256 of each touched tensor of the base. It holds no time and no measurement, so the same run gives
-the same bytes; what came after (hashes once folded, evaluation) stands in `nest_patch.json` beside it.
+For each touched tensor `T` of the checkpoint, with n rows in k clusters and rows of d elements, the arrays
+
+- `T.rows`     int32 [n]       row numbers, ascending; of a stack of expert matrices, numbered through
+- `T.cluster`  int16 [n]       the cluster of each row, from 0
+- `T.delta`    float32 [k, d]  the shared delta of each cluster: new row = round(float32(old row) + delta)
+- `T.residual` uint8 [m]       what rounding lost, for taking the delta off to the bit (see below)
+- `T.sketch`   float32 [n, 2]  two sums of each original row under fixed signs, by which a quantised copy is known
+
+and one metadata key, `nest_patch`: a JSON object with `format` ("nest-patch/1"), `sha256`, `tensors`, and what the
+maker adds: `base` (id, revision), settings, data hashes, tool versions. `tensors` gives for each T its `dtype` (F32,
+F16 or BF16), `shape` ([rows, d]), and SHA-256 in hexadecimal: `sha256_before` and `sha256_after` of all of its bytes,
+`rows_sha256_before` and `rows_sha256_after` of the touched rows' bytes in ascending order.
+
+`sha256` is the patch's id. It is taken over the JSON object without that key (sorted keys, separators "," and ":",
+non-ASCII escaped), then for each array in the order of names over the line "name dtype shape" (NumPy's names; the
+shape's numbers joined by "x"; ended by a newline) and its bytes.
+
+`T.residual` is one raw DEFLATE stream (RFC 1951). Inflated, it holds for each element in row-major order the distance
+from round(float32(new) - delta) to old, counted in steps between neighbouring numbers of the type with -0 one step
+below 0, as a zigzag LEB128 number.
+
+The signs of a sketch: with s(c) the SplitMix64 finaliser of (c + 1) * 0x9E3779B97F4A7C15, column c has the sign minus
+in sum j where bit j of s(c) is set.
+
+A patch that has not been sealed to a base (`NestPatch.seal`) has no residual, no sketch and no `tensors`; it can be
+folded into a folder but not applied to, removed from or looked for in one. The file holds no time and no measurement,
+so the same run gives the same bytes; what came after (evaluation) stands in `nest_patch.json` beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +56,17 @@ from nest_rs.files import replacing
 if TYPE_CHECKING:
     from torch import nn
 
+    from nest_rs.deploy import Applied, Verdict
+
 FORMAT = "nest-patch/1"
+_HASHES = ("sha256_before", "sha256_after", "rows_sha256_before", "rows_sha256_after")
+_DTYPES = {
+    "rows": ("int32", 1),
+    "cluster": ("int16", 1),
+    "delta": ("float32", 2),
+    "residual": ("uint8", 1),
+    "sketch": ("float32", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +77,20 @@ class RowDelta:
         rows: int32 [n], ascending.
         cluster: int16 [n].
         delta: float32 [k, d_in].
+        residual: uint8 [m], what rounding loses (module docstring); None before sealing.
+        sketch: float32 [n, 2], sums of the original rows; None before sealing.
     """
 
     rows: NDArray[np.int32]
     cluster: NDArray[np.int16]
     delta: NDArray[np.float32]
+    residual: NDArray[np.uint8] | None = None
+    sketch: NDArray[np.float32] | None = None
+
+    def arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of the file for tensor `name`."""
+        found = ((part, getattr(self, part)) for part in _DTYPES)
+        return {f"{name}.{part}": np.ascontiguousarray(value) for part, value in found if value is not None}
 
 
 @dataclass
@@ -70,6 +115,24 @@ class NestPatch:
         """Shared deltas."""
         return sum(len(change.delta) for change in self.tensors.values())
 
+    @property
+    def sealed(self) -> bool:
+        """Whether the patch is bound to the bytes of a base."""
+        return "tensors" in self.manifest
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of arrays and manifest, 64 hexadecimal digits."""
+        plain = {"format": FORMAT, **self.manifest}
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+        for name, array in sorted(self._arrays().items()):
+            digest.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {key: array for name, change in self.tensors.items() for key, array in change.arrays(name).items()}
+
     @classmethod
     def from_model(cls, model: nn.Module, adapter: str = "default", **manifest: Any) -> NestPatch:
         """Take the trained deltas out of a PEFT model with a `NestConfig` adapter."""
@@ -87,62 +150,213 @@ class NestPatch:
 
     def save(self, path: Path) -> None:
         """Write the patch file."""
-        arrays: dict[str, NDArray[Any]] = {}
-        for name, change in self.tensors.items():
-            arrays |= {f"{name}.rows": change.rows, f"{name}.cluster": change.cluster, f"{name}.delta": change.delta}
         # One key alone: safetensors writes a metadata map in no fixed order.
-        text = json.dumps({"format": FORMAT, **self.manifest}, sort_keys=True)
+        text = json.dumps({"format": FORMAT, "sha256": self.id, **self.manifest}, sort_keys=True)
         with replacing(Path(path)) as scratch:
-            save_file(arrays, scratch, metadata={"nest_patch": text})
+            save_file(self._arrays(), scratch, metadata={"nest_patch": text})
 
     @classmethod
     def load(cls, path: Path | str) -> NestPatch:
         """Read and check a patch file.
 
         Raises:
-            NestError: not a patch, of another version, or inconsistent.
+            NestError: not a patch, of another version, inconsistent, or changed since it was written.
         """
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise NestError(f"cannot read the patch `{path}` ({error})") from error
         try:
             manifest = json.loads(metadata["nest_patch"])
             version = manifest.pop("format")
-        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            digest = manifest.pop("sha256", None)
+        except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise NestError(f"`{path}` is not a NeST patch", mend="it has no nest_patch metadata") from error
         if version != FORMAT:
             raise NestError(f"`{path}` has the format `{version}`", mend=f"this version reads {FORMAT}")
-        return cls(_check(arrays, path), manifest)
+        patch = cls(_check(arrays, path), manifest)
+        if patch.sealed:
+            _check_seal(patch, path)
+        if digest != patch.id:
+            raise NestError(
+                f"the patch `{path}` was changed after it was written: its SHA-256 is not `{digest}`",
+                mend="get it again from its maker",
+            )
+        return patch
+
+    def seal(self, folder: Path) -> NestPatch:
+        """Bind the patch to a base: its rows' residuals and sketches, and hashes before and after.
+
+        Args:
+            folder: The Hugging Face folder the deltas were trained on.
+
+        Raises:
+            NestError: the folder lacks a tensor, shapes do not fit, or a row would not be finite.
+        """
+        from nest_rs.deploy import seal
+
+        return seal(self, Path(folder))
+
+    def apply(
+        self, target: Path | str, *, out: Path | None = None, base: Path | None = None, overwrite: bool = False
+    ) -> Applied:
+        """Put the patch on a checkpoint, in place or on a copy (see `nest_rs.deploy.apply`)."""
+        from nest_rs.deploy import apply
+
+        return apply(self, Path(target), out=out, base=base, overwrite=overwrite)
+
+    def remove(
+        self, target: Path | str, *, out: Path | None = None, base: Path | None = None, overwrite: bool = False
+    ) -> Applied:
+        """Take the patch off a checkpoint, bit for bit (see `nest_rs.deploy.remove`)."""
+        from nest_rs.deploy import remove
+
+        return remove(self, Path(target), out=out, base=base, overwrite=overwrite)
+
+    def verify(self, target: Path | str, *, base: Path | None = None) -> Verdict:
+        """Tell whether a checkpoint carries the patch (see `nest_rs.deploy.verify`)."""
+        from nest_rs.deploy import verify
+
+        return verify(self, Path(target), base=base)
+
+    def to_lora(self, out: Path, *, overwrite: bool = False) -> Path:
+        """Write the patch as a PEFT LoRA adapter (see `nest_rs.adapter.write_lora`)."""
+        from nest_rs.adapter import write_lora
+
+        return write_lora(self, Path(out), overwrite=overwrite)
+
+    def diff(self, other: NestPatch) -> dict[str, dict[str, Any]]:
+        """Compare two patches, tensor by tensor.
+
+        Returns:
+            For each tensor that differs: `rows_here`, `rows_there` (rows of one alone), `rows_both`, and `distance`,
+            the L2 norm of the difference of the two dense changes. Empty if the patches move the same rows equally.
+        """
+        out: dict[str, dict[str, Any]] = {}
+        for name in sorted(self.tensors.keys() | other.tensors.keys()):
+            here, there = self.tensors.get(name), other.tensors.get(name)
+            mine = {} if here is None else dict(zip(here.rows.tolist(), here.delta[here.cluster], strict=True))
+            theirs = {} if there is None else dict(zip(there.rows.tolist(), there.delta[there.cluster], strict=True))
+            widths = {change.delta.shape[1] for change in (here, there) if change is not None}
+            if len(widths) > 1:
+                raise NestError(f"the patches disagree on the width of `{name}`", mend="are they for the same base?")
+            zero = np.zeros(widths.pop(), np.float32)
+            squares = sum(
+                float(np.square(mine.get(row, zero).astype(np.float64) - theirs.get(row, zero)).sum())
+                for row in mine.keys() | theirs.keys()
+            )
+            if mine.keys() != theirs.keys() or squares:
+                out[name] = {
+                    "rows_here": len(mine.keys() - theirs.keys()),
+                    "rows_there": len(theirs.keys() - mine.keys()),
+                    "rows_both": len(mine.keys() & theirs.keys()),
+                    "distance": float(np.sqrt(squares)),
+                }
+        return out
+
+    def compose(self, other: NestPatch, *, base: Path | None = None) -> NestPatch:
+        """One patch that does what both do, for patches of one base that share no row.
+
+        Args:
+            other: The other patch.
+            base: The base's folder; the result is then sealed to it.
+
+        Raises:
+            NestError: the patches move the same row, or are sealed to different bases.
+        """
+        tensors = dict(self.tensors)
+        for name, change in other.tensors.items():
+            mine = tensors.get(name)
+            seals = [patch.manifest.get("tensors", {}).get(name) for patch in (self, other)]
+            if all(seals) and any(seals[0][key] != seals[1][key] for key in ("dtype", "shape", "sha256_before")):
+                raise NestError(f"the patches were made for different bases: `{name}` is not the same in both")
+            if mine is None:
+                tensors[name] = replace(change, residual=None, sketch=None)
+                continue
+            shared = np.intersect1d(mine.rows, change.rows)
+            if len(shared):
+                raise NestError(
+                    f"both patches move the row `{shared[0]}` of `{name}` ({len(shared)} rows in all)",
+                    mend="only patches on disjoint rows can be composed",
+                )
+            if mine.delta.shape[1] != change.delta.shape[1]:
+                raise NestError(f"the patches disagree on the width of `{name}`", mend="are they for the same base?")
+            order = np.argsort(rows := np.concatenate([mine.rows, change.rows]))
+            cluster = np.concatenate([mine.cluster, change.cluster + np.int16(len(mine.delta))])
+            tensors[name] = RowDelta(rows[order], cluster[order], np.concatenate([mine.delta, change.delta]))
+        tensors = {name: replace(change, residual=None, sketch=None) for name, change in tensors.items()}
+        manifest = {"base": self.manifest.get("base"), "composed": [self.id, other.id]}
+        both = NestPatch(dict(sorted(tensors.items())), manifest)
+        return both.seal(base) if base is not None else both
+
+
+def sketch(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Two sums of each row under fixed signs: float32 [n, d] -> [n, 2] (taken in float64)."""
+    # SplitMix64: each column's signs are a function of its number alone.
+    with np.errstate(over="ignore"):
+        bits = (np.arange(rows.shape[1], dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        bits ^= bits >> np.uint64(31)
+    minus = np.stack([bits >> np.uint64(j) & np.uint64(1) for j in range(2)], axis=1)
+    return (rows.astype(np.float64) @ (1.0 - 2.0 * minus.astype(np.float64))).astype(np.float32)
 
 
 def _check(arrays: Mapping[str, NDArray[Any]], path: Path | str) -> dict[str, RowDelta]:
     if not arrays:
         raise NestError(f"the patch `{path}` moves nothing", mend="it holds no tensor")
-    unknown = [name for name in arrays if name.rpartition(".")[2] not in ("rows", "cluster", "delta")]
+    unknown = [name for name in arrays if name.rpartition(".")[2] not in _DTYPES]
     if unknown:
         raise NestError(f"the patch `{path}` has the unknown array `{unknown[0]}`")
-    names = sorted({name.rpartition(".")[0] for name in arrays})
     tensors = {}
-    for name in names:
-        try:
-            change = RowDelta(arrays[f"{name}.rows"], arrays[f"{name}.cluster"], arrays[f"{name}.delta"])
-        except KeyError as error:
-            raise NestError(f"the patch `{path}` lacks the array `{error.args[0]}`") from error
+    for name in sorted({name.rpartition(".")[0] for name in arrays}):
+        parts = {part: arrays.get(f"{name}.{part}") for part in _DTYPES}
+        missing = [part for part in ("rows", "cluster", "delta") if parts[part] is None]
+        if missing:
+            raise NestError(f"the patch `{path}` lacks the array `{name}.{missing[0]}`")
+        change = RowDelta(**parts)  # type: ignore[arg-type]
+        typed = all(
+            str(array.dtype) == _DTYPES[part][0] and array.ndim == _DTYPES[part][1]
+            for part, array in parts.items()
+            if array is not None
+        )
         rows, cluster, delta = change.rows, change.cluster, change.delta
         right = (
-            [str(array.dtype) for array in (rows, cluster, delta)] == ["int32", "int16", "float32"]
-            and (rows.ndim, cluster.ndim, delta.ndim) == (1, 1, 2)
+            typed
             and len(rows) == len(cluster) > 0
             and rows[0] >= 0
-            and bool((np.diff(rows) > 0).all())
+            and bool((np.diff(rows.astype(np.int64)) > 0).all())
             and cluster.min() >= 0
             and cluster.max() < len(delta)
+            and delta.shape[1] > 0
             and bool(np.isfinite(delta).all())
+            and (change.residual is None) == (change.sketch is None)
+            and (change.sketch is None or (change.sketch.shape == (len(rows), 2) and np.isfinite(change.sketch).all()))
         )
         if not right:
             raise NestError(f"the patch `{path}` has inconsistent rows, clusters or deltas for `{name}`")
         tensors[name] = change
     return tensors
+
+
+def _check_seal(patch: NestPatch, path: Path | str) -> None:
+    seals = patch.manifest["tensors"]
+    if not isinstance(seals, dict) or seals.keys() != patch.tensors.keys():
+        raise NestError(f"the patch `{path}` has a manifest for other tensors than it moves")
+    for name, change in patch.tensors.items():
+        seal = seals[name]
+        shape = seal.get("shape") if isinstance(seal, dict) else None
+        right = (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(type(size) is int for size in shape)
+            and shape[1] == change.delta.shape[1]
+            and change.rows[-1] < shape[0] < 2**31
+            and seal.get("dtype") in ("F32", "F16", "BF16")
+            and all(re.fullmatch("[0-9a-f]{64}", str(seal.get(key))) for key in _HASHES)
+            and change.residual is not None
+        )
+        if not right:
+            raise NestError(f"the patch `{path}` has a manifest that does not fit `{name}`")

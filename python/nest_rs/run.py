@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nest_rs.adapter import RANKS
 from nest_rs.config import TuneConfig, build_config, read_yaml
 from nest_rs.errors import NestError
 from nest_rs.evaluate.refusal import evaluate_refusal
@@ -27,7 +28,7 @@ from nest_rs.files import new_folder, read_json, write_json
 from nest_rs.fold import merge_folder
 from nest_rs.models import Base, load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from nest_rs.neurons import load_neurons, save_neurons, select_and_cluster
-from nest_rs.numeric import ActivationStore, tensor_sha256
+from nest_rs.numeric import ActivationStore
 from nest_rs.patch import NestPatch
 from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
 from nest_rs.progress import track
@@ -258,7 +259,8 @@ class Run:
                 progress=advance,
             )
         patch = NestPatch.from_model(model)
-        patch.manifest = self._manifest(patch)
+        patch.manifest = self._manifest()
+        patch = patch.seal(self.base.folder)
         patch.save(self.folder / "patch" / "nest_patch.safetensors")
         self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
         if self.model.device.type == "cpu":
@@ -281,14 +283,10 @@ class Run:
             pad=self.tokenizer.pad_token_id,
         )
 
-    def _manifest(self, patch: NestPatch) -> dict[str, Any]:
-        before: dict[str, str] = {}
-        for shard in sorted(self.base.folder.glob("*.safetensors")):
-            before |= {name: value for name, value in tensor_sha256(shard).items() if name in patch.tensors}
+    def _manifest(self) -> dict[str, Any]:
         return {
             "method": "nest",
             "base": {"id": self.base.id, "revision": self.base.revision},
-            "sha256_before": before,
             "prompts_sha256": prompts_sha256(self.prompts),
             "settings": self.config.model_dump(mode="json", exclude={"model", "out", "resume", "prompts", "threads"}),
             "tools": {name: version(name) for name in _TOOLS},
@@ -300,7 +298,9 @@ class Run:
         report = merge_folder(
             self.base, patch, self.folder / "merged", card=model_card(self.base, patch), overwrite=True
         )
-        write_json(self.folder / "patch" / "nest_patch.json", {**patch.manifest, "folded": report})
+        write_json(self.folder / "patch" / "nest_patch.json", {"sha256": patch.id, **patch.manifest, "folded": report})
+        if max(len(change.delta) for change in patch.tensors.values()) <= RANKS[-1]:
+            patch.to_lora(self.folder / "adapter", overwrite=True)
         changed = sum(entry["changed"] for entry in report.values())
         return {"changed_elements": changed}
 

@@ -6,6 +6,9 @@
 //! copy is written to a temporary file beside the target, flushed, and renamed: a failure leaves no
 //! trace. Scratch memory: the selected rows, and a megabyte.
 
+pub mod journal;
+mod rows;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -18,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::header;
 pub use crate::header::{Header, TensorInfo};
 use crate::matrix::Dtype;
+pub use rows::Rows;
 
 const CHUNK: usize = 1 << 20;
 
@@ -81,6 +85,17 @@ pub fn tensor_sha256(path: &Path, names: Option<&[String]>) -> Result<BTreeMap<S
         out.insert(name, hex(hash));
     }
     Ok(out)
+}
+
+/// Copies a file, letting the system move the bytes where it can; `dst` must not exist.
+///
+/// # Errors
+/// The system's.
+pub fn copy_file(src: &Path, dst: &Path) -> Result<()> {
+    let mut from = File::open(src).map_err(Error::io(src))?;
+    let mut to = File::create_new(dst).map_err(Error::io(dst))?;
+    std::io::copy(&mut from, &mut to).map_err(Error::io(dst))?;
+    Ok(())
 }
 
 /// Copies `src` to `dst` with the rows of `edits` changed. `dst` may be `src`.
