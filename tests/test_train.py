@@ -291,6 +291,7 @@ def train(
     *,
     benign_loss: Literal["kl", "sft"] = "kl",
     stop_at: int | None = None,
+    accumulate: int = 1,
     resume: bool = False,
     whitening: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, float]]:
@@ -311,6 +312,7 @@ def train(
         benign_loss=benign_loss,
         benign_weight=1.0,
         seed=0,
+        accumulate=accumulate,
         resume=resume,
         whitening=whitening,
         progress=progress,
@@ -368,6 +370,25 @@ def test_the_harmless_term_keeps_the_tuned_model_near_its_base(
             tuned = answer_logits(model, batch)[benign]
             drift[weight] = float(kl_loss(tuned, base_logits(model, batch), batch["labels"][benign]))
     assert 0 < drift[5.0] < drift[0.0] / 2
+
+
+def test_a_step_in_parts_is_the_mean_of_its_parts(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    steps = make_steps(steps=2)
+    model = peft_model(tiny)
+    parts = []
+    for step in map(steps.__getitem__, range(2)):
+        model.zero_grad()
+        refuse, labels, logits = step["refuse"], step["labels"], answer_logits(model, step)
+        loss = sft_loss(logits[refuse], labels[refuse]) + sft_loss(logits[~refuse], labels[~refuse])
+        loss.backward()
+        parts.append((float(loss), [parameter.grad for parameter in model.parameters() if parameter.requires_grad]))
+    gradients = [(a + b) / 2 for a, b in zip(parts[0][1], parts[1][1], strict=True)]  # type: ignore[operator]
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    log = train(peft_model(tiny), tokenizer, steps, tmp_path, benign_loss="sft", accumulate=2)
+    assert log[0]["loss"] == pytest.approx((parts[0][0] + parts[1][0]) / 2, rel=1e-3)
+    assert log[0]["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
 def test_a_training_shorter_than_the_logging_interval_has_a_loss(

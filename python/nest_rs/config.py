@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -67,6 +67,7 @@ class TuneConfig(BaseModel):
 
     epochs: float = Field(2.5, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(32, ge=2, description="requests a step, half harmful and half harmless")
+    accumulate: int = Field(2, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
     whiten: float | None = Field(
         0.1, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
@@ -93,6 +94,12 @@ class TuneConfig(BaseModel):
     export: bool = Field(True, description="export the merged model to ONNX")
     precision: Precision = Field("fp32", description="of the ONNX weights")
     parity_prompts: int = Field(32, ge=1, description="prompts on which ONNX and torch are compared")
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(f"a batch of {self.batch_size} requests has no {self.accumulate} parts of two classes")
+        return self
 
     @model_validator(mode="before")
     @classmethod

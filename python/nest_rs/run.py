@@ -230,8 +230,8 @@ class Run:
         steps = Steps(
             harmful,
             benign,
-            batch_size=config.batch_size,
-            steps=count,
+            batch_size=config.batch_size // config.accumulate,
+            steps=count * config.accumulate,
             seed=config.seed,
             pad=self.tokenizer.pad_token_id,
         )
@@ -241,7 +241,7 @@ class Run:
             self.model.set_attn_implementation("eager")  # the fused one is slower in the backward pass
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         checkpoints = self.folder / "train"
-        with track("train", total=len(steps), unit="steps") as advance:
+        with track("train", total=count, unit="steps") as advance:
             losses = train_deltas(
                 model,
                 self.tokenizer,
@@ -250,6 +250,7 @@ class Run:
                 learning_rate=config.learning_rate,
                 benign_loss=config.benign_loss,
                 benign_weight=config.benign_weight,
+                accumulate=config.accumulate,
                 first_weight=config.first_weight,
                 margin_weight=config.margin_weight,
                 whitening=whitening,
@@ -268,7 +269,7 @@ class Run:
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
         for entry in losses:
             self._log("loss", entry)
-        return {"trainable_params": patch.trainable_params, "steps": len(steps), "loss": losses[-1]["loss"]}
+        return {"trainable_params": patch.trainable_params, "steps": count, "loss": losses[-1]["loss"]}
 
     def _whitening(self, modules: list[str], harmful: list[Example], benign: list[Example]) -> dict[str, torch.Tensor]:
         from nest_rs.whiten import whitenings

@@ -221,6 +221,7 @@ def train_deltas(
     benign_loss: Literal["kl", "sft"],
     benign_weight: float,
     seed: int,
+    accumulate: int = 1,
     first_weight: float = 0.0,
     margin_weight: float = 0.0,
     whitening: Mapping[str, torch.Tensor] | None = None,
@@ -233,12 +234,13 @@ def train_deltas(
     Args:
         model: A PEFT model with a `NestConfig` adapter.
         tokenizer: Its tokenizer, for the padding token.
-        steps: What to train on, a step an item.
+        steps: What to train on; each item is one step, or one of the parts of a step.
         output_dir: Where the trainer may write checkpoints.
         learning_rate: AdamW's peak rate (cosine to zero, 5 % warm-up).
         benign_loss: `kl` holds harmless answers to the base's distribution; `sft` is the paper's plain LM loss.
         benign_weight: Weight of the harmless term.
         seed: Seed of the trainer; the order of the data is the steps' own.
+        accumulate: Parts (items) of a step; their gradients are averaged. The number of items is a multiple of it.
         first_weight: The first answer token's share of the loss; 0 weighs all tokens alike.
         margin_weight: Weight of `margin_loss`.
         whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
@@ -287,22 +289,24 @@ def train_deltas(
             self.optimizer = optimizer
             return optimizer
 
+    count = len(steps) // accumulate
     arguments = TrainingArguments(
         output_dir=output_dir,
-        per_device_train_batch_size=1,  # one item is one whole step
-        max_steps=len(steps),
+        per_device_train_batch_size=1,  # one item is one whole step, or a part of one
+        gradient_accumulation_steps=accumulate,
+        max_steps=count,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, len(steps) // 20),
+        warmup_steps=max(1, count // 20),
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=seed,
         bf16=bf16,
         use_cpu=model.device.type == "cpu",
-        logging_steps=min(5, len(steps)),
+        logging_steps=min(5, count),
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=max(1, len(steps) // 4),
+        save_steps=max(1, count // 4),
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
@@ -319,6 +323,8 @@ def train_deltas(
         callbacks=[Tick()],
         processing_class=tokenizer,
     )
+    # The losses are means: parts are averaged, not summed for a division by tokens that the model would do.
+    trainer.model_accepts_loss_kwargs = False
     # Our own bar shows the progress; the trainer's printer would put dictionaries on stdout.
     from transformers.trainer_callback import PrinterCallback
 
