@@ -32,7 +32,7 @@ from nest_rs.report import before_after
 
 # Quick, and low enough a z for a layer of 96 neurons.
 FAST = ["--z", "2", "--dtype", "float32", "--batch-size", "8", "--epochs", "1", "--learning-rate", "0.05"]
-FAST += ["--answer-tokens", "6", "--max-new-tokens", "6"]
+FAST += ["--answer-tokens", "6", "--max-new-tokens", "6", "--depth", "0", "1"]
 STAGES = ["probe", "cluster", "train", "merge", "eval", "export"]
 
 
