@@ -237,6 +237,7 @@ class Run:
         )
         whitening = self._whitening(list(neurons), harmful, benign) if config.whiten else None
         torch.manual_seed(config.seed)
+        attention = self.model.config._attn_implementation
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("eager")  # the fused one is slower in the backward pass
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
@@ -264,8 +265,7 @@ class Run:
         patch = patch.seal(self.base.folder)
         patch.save(self.folder / "patch" / "nest_patch.safetensors")
         self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
-        if self.model.device.type == "cpu":
-            self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(attention)
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
         for entry in losses:
             self._log("loss", entry)
