@@ -6,9 +6,13 @@ max-pooled over the prompt's own tokens, padding left out, and kept in a memory-
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -17,8 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 from nest_rs.errors import NestError
 from nest_rs.files import replacing
+from nest_rs.memory import halving
 from nest_rs.numeric import ActivationStore, pooled_stats
 from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
+from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
 
 if TYPE_CHECKING:
@@ -54,8 +60,12 @@ def collect_activations(
     *,
     pad: int,
     batch_tokens: int = 4096,
+    base: str | None = None,
 ) -> None:
     """Run the prompts through the model and write their pooled activations to `path`.
+
+    The layers run up to the last site and no further. Under `accelerate launch` the processes share the batches; as a
+    batch is the same whoever runs it, so are the store's bits on like hardware.
 
     Args:
         model: The base, in eval mode.
@@ -63,57 +73,153 @@ def collect_activations(
         ids: Token ids of each prompt; the store keeps this order. Sorted by length, batches waste the least.
         path: The store: one tensor [prompts, d_out] a site, in the model's dtype.
         pad: Padding token.
-        batch_tokens: Tokens a batch may hold, padding included.
+        batch_tokens: Tokens a batch may hold, padding included; halved, with a warning, where memory runs out.
+        base: Tells these weights from others. With it, an interrupted call's store is taken up where it stopped.
 
     Raises:
-        NestError: a site's activations are not finite.
+        NestError: a site's activations are not finite, or memory does not suffice for one prompt.
     """
-    modules = dict(model.named_modules())
-    mask = torch.empty(0)
-    pooled: dict[str, torch.Tensor] = {}
-    opening: dict[str, torch.Tensor] = {}
     prefix = shared_prefix(ids)
+    batches = budgeted(ids, batch_tokens)
+    starts = list(accumulate(map(len, batches), initial=0))
+    index, count = share()
+    store, done = _take_up(path, sites, ids, model.dtype, f"{base} {batch_tokens}" if base else None)
+    mine = [number for number in range(index, len(batches), count) if number not in done]
+    with store, track("probe", total=sum(len(batches[number]) for number in mine), unit="prompts") as advance:
 
-    def reader(module: str) -> Callable[..., None]:
-        def read(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            try:
-                seen = max_pool(output, mask)
-            except ValueError as error:  # from the core; elsewhere _check_finite sees it
-                raise _not_finite(module) from error
-            pooled[module] = torch.maximum(seen, opening[module]) if module in opening else seen
+        def keep(number: int, pooled: dict[str, torch.Tensor]) -> None:
+            for module, values in pooled.items():
+                try:
+                    store.write(module, starts[number], values)
+                except ValueError as error:
+                    raise _not_finite(module) from error
+            with _journal(path).open("a") as file:  # only now is the batch known to be read
+                file.write(f"{number}\n")
+            advance(len(batches[number]))
 
-        return read
+        with _Reader(model, sites, prefix, pad, batch_tokens) as reader:
+            ahead: tuple[int, Callable[[], dict[str, torch.Tensor]]] | None = None
+            for number in mine:
+                arriving = reader.read(batches[number])
+                if ahead:
+                    keep(ahead[0], ahead[1]())  # while the device works on the next batch
+                ahead = (number, arriving)
+            if ahead:
+                keep(ahead[0], ahead[1]())
+        store.close()
+    wait()
+    if is_main():
+        ActivationStore.resume(path).finish().close()
+        _journal(path).unlink(missing_ok=True)
+    wait()
 
-    handles = [modules[site.module].register_forward_hook(reader(site.module)) for site in sites]
+
+def _journal(path: Path) -> Path:
+    """Which batches an unfinished store holds: a number a line."""
+    return path.with_name(f"{path.name}.batches")
+
+
+def _take_up(
+    path: Path, sites: Sequence[Site], ids: Sequence[list[int]], dtype: torch.dtype, base: str | None
+) -> tuple[ActivationStore, set[int]]:
+    """The unfinished store of the same work with the batches it holds, or a new one."""
     widths = {site.module: site.d_out for site in sites}
+    work = hashlib.sha256(repr((base, widths, dtype, ids)).encode()).hexdigest()
+    if is_main() and not (base and _is_unfinished(path, work)):
+        _journal(path).write_text("")
+        ActivationStore.create(path, widths, len(ids), dtype=_STORE_DTYPES[dtype], metadata={"work": work}).close()
+    wait()
+    return ActivationStore.resume(path), {int(line) for line in _journal(path).read_text().split()}
+
+
+def _is_unfinished(path: Path, work: str) -> bool:
     try:
-        with (
-            ActivationStore.create(path, widths, len(ids), dtype=_STORE_DTYPES[model.dtype]) as store,
-            track("probe", total=len(ids), unit="prompts") as advance,
-            torch.inference_mode(),
-        ):
-            first = torch.tensor([prefix], device=model.device)
-            mask = torch.ones_like(first, dtype=torch.bool)
-            cache = prefix_cache(model, first)
-            opening.update(pooled)
-            start = 0
-            for batch in budgeted(ids, batch_tokens):
-                tokens, mask, attended = behind_prefix(batch, prefix, pad, model.device)
-                inputs = {"input_ids": tokens, "attention_mask": attended}
-                model(**inputs, past_key_values=repeated(cache, len(batch)), logits_to_keep=1)
-                for module, values in pooled.items():
-                    _check_finite(module, values)
-                    store.write(module, start, values.cpu())
-                start += len(batch)
-                advance(len(batch))
+        store = ActivationStore.resume(path)
+    except (OSError, ValueError):
+        return False
+    try:
+        return store.metadata.get("work") == work and _journal(path).is_file()
     finally:
-        for handle in handles:
+        store.close()
+
+
+class _Enough(Exception):
+    """The last site has been read: the rest of the forward pass is not needed."""
+
+
+class _Reader:
+    """Hooks on the sites that pool what passes; a context manager, as they must come off again."""
+
+    def __init__(
+        self, model: PreTrainedModel, sites: Sequence[Site], prefix: Sequence[int], pad: int, batch_tokens: int
+    ) -> None:
+        self.model, self.prefix, self.pad, self.batch_tokens = model, prefix, pad, batch_tokens
+        self.modules = {site.module: model.get_submodule(site.module) for site in sites}
+        self.mask = torch.ones(1, len(prefix), dtype=torch.bool, device=model.device)
+        self.pooled: dict[str, torch.Tensor] = {}
+        self.opening: dict[str, torch.Tensor] = {}
+        self.enough = False
+        self.cache: Any = None
+
+    def __enter__(self) -> Self:
+        self.handles = [
+            module.register_forward_hook(partial(self._pool, name)) for name, module in self.modules.items()
+        ]
+        try:
+            with torch.inference_mode():  # once, and to the end: all batches need the whole of its cache
+                self.cache = prefix_cache(self.model, torch.tensor([self.prefix], device=self.model.device))
+        except BaseException:
+            self.__exit__()
+            raise
+        self.opening, self.enough = self.pooled, True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
 
+    def _pool(self, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        try:
+            seen = max_pool(output, self.mask)
+        except ValueError as error:  # from the core; what an accelerator pools is looked at when it is stored
+            raise _not_finite(name) from error
+        self.pooled[name] = torch.maximum(seen, self.opening[name]) if name in self.opening else seen
+        if self.enough and len(self.pooled) == len(self.modules):
+            raise _Enough
 
-def _check_finite(module: str, values: torch.Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise _not_finite(module)
+    def read(self, batch: Sequence[list[int]]) -> Callable[[], dict[str, torch.Tensor]]:
+        """Start on a batch; what is returned waits for its pooled rows, one a prompt and site."""
+        rows, self.batch_tokens = halving(partial(self._read, batch), self.batch_tokens, "tokens a batch")
+        if self.model.device.type == "cpu":
+            return partial(dict, rows)
+        arriving = {name: values.to("cpu", non_blocking=True) for name, values in rows.items()}
+        copied = torch.Event(self.model.device)
+        copied.record()
+
+        def arrived() -> dict[str, torch.Tensor]:
+            copied.synchronize()
+            return arriving
+
+        return arrived
+
+    @torch.inference_mode()
+    def _read(self, batch: Sequence[list[int]], batch_tokens: int) -> dict[str, torch.Tensor]:
+        parts = []
+        for part in budgeted(batch, batch_tokens):
+            tokens, self.mask, attended = behind_prefix(part, self.prefix, self.pad, self.model.device)
+            self.pooled = {}
+            with suppress(_Enough):
+                self.model(
+                    input_ids=tokens,
+                    attention_mask=attended,
+                    past_key_values=repeated(self.cache, len(part)),
+                    use_cache=self.cache is not None,
+                    logits_to_keep=1,
+                )
+            parts.append(self.pooled)
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.modules}
 
 
 def _not_finite(module: str) -> NestError:

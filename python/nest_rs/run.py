@@ -31,6 +31,7 @@ from nest_rs.neurons import load_neurons, save_neurons, select_and_cluster
 from nest_rs.numeric import ActivationStore
 from nest_rs.patch import NestPatch
 from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
+from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
 from nest_rs.prompts import Prompt, encode, fitting, load_prompts, prompts_sha256, render
 from nest_rs.report import model_card
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STAGES = ("probe", "cluster", "train", "merge", "eval", "export")
+# Stages that the processes of `accelerate launch` share; the others are the first one's alone.
+_SHARED = ("probe", "train")
 # Prompts on which the moments of a layer's inputs are taken.
 _MOMENT_PROMPTS = 512
 _TOOLS = ("nest-rs", "torch", "transformers", "peft", "numpy")
@@ -82,9 +85,11 @@ class Run:
                     mend="resume with the same settings, or start a new run with --out",
                 )
             return run
-        with new_folder(folder) as scratch:
-            config.save(scratch / "config.yaml")
-            write_json(scratch / "env.json", environment())
+        if is_main():
+            with new_folder(folder) as scratch:
+                config.save(scratch / "config.yaml")
+                write_json(scratch / "env.json", environment())
+        wait()
         return cls(folder, config)
 
     @classmethod
@@ -97,7 +102,8 @@ class Run:
         if not (folder / "config.yaml").is_file():
             raise NestError(f"no run in `{folder}`", mend="start one with nest-rs tune or nest-rs probe")
         config = build_config(read_yaml(folder / "config.yaml"), overrides or {})
-        config.save(folder / "config.yaml")
+        if is_main():
+            config.save(folder / "config.yaml")
         return cls(folder, config)
 
     # What the stages share, made when first used.
@@ -153,13 +159,22 @@ class Run:
         label = np.array([chosen[index].kind == "harmful" for index in order])
         path = self.folder / "probe" / "activations.safetensors"
         path.parent.mkdir(exist_ok=True)
-        pad = self.tokenizer.pad_token_id
-        collect_activations(self.model, sites, [ids[index] for index in order], path, pad=pad)
+        collect_activations(
+            self.model,
+            sites,
+            [ids[index] for index in order],
+            path,
+            pad=self.tokenizer.pad_token_id,
+            base=self.base.fingerprint(),
+        )
+        result = {"sites": len(sites), "prompts": len(order)}
+        if not is_main():
+            return result
         coefs, accuracy = fit_probes(ActivationStore.open(path), label, c=self.config.c, threads=self.config.threads)
         save_probes(coefs, path.with_name("probes.safetensors"))
         write_json(path.with_name("prompts.json"), [[chosen[index].id, chosen[index].kind] for index in order])
         write_json(path.with_name("accuracy.json"), accuracy)
-        return {"sites": len(sites), "prompts": len(order)}
+        return result
 
     def cluster(self) -> dict[str, Any]:
         """Select the neurons that stand out and cluster them."""
@@ -361,8 +376,11 @@ class Run:
             "eval": self.evaluate,
             "export": self.export,
         }
-        result = work[name]()
+        result = work[name]() if is_main() or name in _SHARED else {}
         seconds = round(time.perf_counter() - started, 2)
+        if not is_main():
+            wait()
+            return self.summary()
         summary = self.summary()
         summary |= {
             "model": self.config.model,
@@ -376,6 +394,7 @@ class Run:
         write_json(self.folder / "summary.json", summary)
         self._log("end", {"stage": name, "seconds": seconds})
         log.info("%s done in %.1f s", name, seconds)
+        wait()
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -396,6 +415,8 @@ class Run:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
+        if not is_main():
+            return
         with (self.folder / "run.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
 

@@ -1,0 +1,66 @@
+"""What to do when a batch does not fit: take less at a time, and say so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from nest_rs.errors import NestError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def halving(work: Callable[[int], T], size: int, unit: str) -> tuple[T, int]:
+    """Call `work(size)`, with half the size again and again where memory runs out.
+
+    Args:
+        work: Does the whole of the work, at most `size` of it at a time; called anew after a failure.
+        size: The first size to try, at least 1.
+        unit: What is counted, for the message.
+
+    Returns:
+        The work's result, and the size that fits.
+
+    Raises:
+        NestError: there is no memory for a single one.
+    """
+    return _until_it_fits(work, size, lambda size: size // 2, lambda size: size > 1, unit)
+
+
+def fewest_parts(train: Callable[[int], T], parts: int, batch_size: int) -> tuple[T, int]:
+    """Call `train(parts)`, with twice the parts again and again where memory runs out: the same step in less memory.
+
+    Args:
+        train: Trains from the start, each step in that many parts.
+        parts: The first number to try.
+        batch_size: Requests a step; a part needs one of each class.
+
+    Raises:
+        NestError: there is no memory for a part of two requests.
+    """
+    return _until_it_fits(
+        train, parts, lambda parts: parts * 2, lambda parts: batch_size // (2 * parts) >= 2, "parts of a step"
+    )
+
+
+def _until_it_fits(
+    work: Callable[[int], T], size: int, smaller: Callable[[int], int], can: Callable[[int], bool], unit: str
+) -> tuple[T, int]:
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            # torch's message for a processor has changed its words over the years, and accelerate knows one of them
+            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error) or "t allocate memory" in str(error)):
+                raise
+            if not can(size):
+                raise NestError(
+                    f"out of memory with `{size}` {unit}", mend="free some, or use a smaller model or --dtype bfloat16"
+                ) from error
+        size = smaller(size)  # only here has the error let go of the frames that hold the batch
+        log.warning("out of memory: going on with %d %s", size, unit)
+        clear_device_cache(garbage_collection=True)
