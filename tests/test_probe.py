@@ -138,6 +138,89 @@ def test_activations_that_are_not_finite_name_the_site_and_leave_no_store(
     assert not model.model.layers[1].mlp.gate_proj._forward_hooks
 
 
+class StoppedError(Exception):
+    pass
+
+
+def counting(model: PreTrainedModel, module: str, stop_at: int | None = None) -> list[int]:
+    """The rows of each batch that a module sees; the call with the number `stop_at` does not return."""
+    calls: list[int] = []
+
+    def count(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        calls.append(len(inputs[0]))
+        if len(calls) == stop_at:
+            raise StoppedError
+
+    model.get_submodule(module).register_forward_pre_hook(count)
+    return calls
+
+
+def test_no_more_of_the_model_runs_than_the_sites_need(tiny: Path, ids: list[list[int]], tmp_path: Path) -> None:
+    model = load_model(tiny, device=CPU, dtype=torch.float32)
+    wanted = collected(model, ids, tmp_path / "all")
+    sites = find_sites(model, depth=(0.0, 0.5))
+    below = counting(model, "model.layers.0.mlp.up_proj")
+    above = [counting(model, name) for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp", "lm_head")]
+    collect_activations(model, sites, ids, tmp_path / "store", pad=0, batch_tokens=60)
+    assert len(below) > 2
+    assert above == [[1], [1], [1]]  # the opening that all prompts share, whose keys and values are wanted in full
+    store = ActivationStore.open(tmp_path / "store")
+    for site in sites:
+        found = torch.from_numpy(store.read(site.module))
+        torch.testing.assert_close(found, wanted[site.module], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [None, "base", "prompts"])
+def test_an_interrupted_probe_goes_on_where_it_stopped(
+    change: str | None, tiny: Path, ids: list[list[int]], tmp_path: Path
+) -> None:
+    path, whole = tmp_path / "store", tmp_path / "whole"
+    model = load_model(tiny, device=CPU, dtype=torch.float32)
+    all_calls = counting(model, "model.layers.1.mlp.up_proj")
+    collect_activations(model, find_sites(model), ids, whole, pad=0, batch_tokens=60, base="a")
+
+    model = load_model(tiny, device=CPU, dtype=torch.float32)
+    counting(model, "model.layers.1.mlp.up_proj", stop_at=4)
+    with pytest.raises(StoppedError):
+        collect_activations(model, find_sites(model), ids, path, pad=0, batch_tokens=60, base="a")
+    assert not path.exists()
+
+    model = load_model(tiny, device=CPU, dtype=torch.float32)
+    calls = counting(model, "model.layers.1.mlp.up_proj")
+    base = "b" if change == "base" else "a"
+    again = ids[::-1] if change == "prompts" else ids
+    collect_activations(model, find_sites(model), again, path, pad=0, batch_tokens=60, base=base)
+    # The opening, then two batches, were run before the fourth call; the second of them was not yet written.
+    assert calls == ([1, *all_calls[2:]] if change is None else calls)
+    assert (len(calls) < len(all_calls)) == (change is None)
+    if change is None:
+        assert path.read_bytes() == whole.read_bytes()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["store", "whole"]
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(
+    tiny: Path, ids: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(tiny, device=CPU, dtype=torch.float32)
+    wanted = collected(model, ids, tmp_path / "whole")
+
+    most = 2
+
+    def run_out(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    model.model.layers[1].register_forward_pre_hook(run_out)
+    with caplog.at_level("WARNING", logger="nest_rs"):
+        found = collected(model, ids, tmp_path / "store")
+    for site, values in wanted.items():
+        torch.testing.assert_close(found[site], values, atol=1e-5, rtol=1e-5)
+    assert "out of memory: going on with 2048 tokens a batch" in caplog.messages
+    most = 0
+    with pytest.raises(NestError, match="out of memory"):
+        collected(model, [[5, 6], [7, 8]], tmp_path / "none")  # no opening, so the batch comes first
+
+
 # A store with known neurons: 60 prompts, and a site a kind of difficulty.
 N, WIDTH, BLIND = 60, 400, "blind"
 

@@ -18,6 +18,7 @@ from nest_rs.config import TuneConfig, build_config, explain, read_yaml
 from nest_rs.errors import NestError
 from nest_rs.export import Precision
 from nest_rs.patch_commands import Apply, Inspect, Remove, Sign, Verify
+from nest_rs.processes import is_main
 
 
 def _with_settings(name: str, base: type[BaseModel], doc: str, *, leave_out: set[str]) -> type[Any]:
@@ -253,7 +254,7 @@ def entry() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0, or 2 for a user's mistake)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    quiet = "--quiet" in arguments or "--help" in arguments
+    quiet = "--quiet" in arguments or "--help" in arguments or not is_main()
     logging.basicConfig(level=logging.WARNING, format="nest-rs: %(message)s", stream=sys.stderr)
     # The libraries' deprecation notes are ours to act on, not the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -262,6 +263,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = CliApp.run(NestRs, cli_args=_normalise(arguments or ["--help"]))
         command: Command = next(value for value in vars(settings).values() if value is not None)
         result = command.run()
+        if not is_main():
+            return 0
         if command.json_output:
             print(json.dumps(result, indent=2))
         else:

@@ -54,8 +54,7 @@ def _until_it_fits(
         try:
             return work(size), size
         except (RuntimeError, MemoryError) as error:
-            # torch's message for a processor has changed its words over the years, and accelerate knows one of them
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error) or "t allocate memory" in str(error)):
+            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
             if not can(size):
                 raise NestError(

@@ -143,7 +143,7 @@ def _is_unfinished(path: Path, work: str) -> bool:
         store.close()
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """The last site has been read: the rest of the forward pass is not needed."""
 
 
@@ -185,7 +185,7 @@ class _Reader:
             raise _not_finite(name) from error
         self.pooled[name] = torch.maximum(seen, self.opening[name]) if name in self.opening else seen
         if self.enough and len(self.pooled) == len(self.modules):
-            raise _Enough
+            raise _EnoughError
 
     def read(self, batch: Sequence[list[int]]) -> Callable[[], dict[str, torch.Tensor]]:
         """Start on a batch; what is returned waits for its pooled rows, one a prompt and site."""
@@ -208,7 +208,7 @@ class _Reader:
         for part in budgeted(batch, batch_tokens):
             tokens, self.mask, attended = behind_prefix(part, self.prefix, self.pad, self.model.device)
             self.pooled = {}
-            with suppress(_Enough):
+            with suppress(_EnoughError):
                 self.model(
                     input_ids=tokens,
                     attention_mask=attended,

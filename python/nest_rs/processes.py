@@ -30,7 +30,10 @@ def wait() -> None:
 
 @cache
 def _state() -> Any:
+    import torch
     from accelerate import PartialState
 
+    cpu = torch.accelerator.current_accelerator(check_available=True) is None
+    cpu |= os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     # While the first process judges a model, the others wait longer than a collective operation is allowed by default.
-    return PartialState(timeout=timedelta(days=1))
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))

@@ -217,6 +217,7 @@ class Run:
         room = self._context() - config.answer_tokens
         harmful = refusal_examples(self.tokenizer, self._training_prompts(("harmful",)), room=room, seed=config.seed)
         half = config.batch_size // 2
+        parts = math.lcm(config.accumulate, share()[1])  # every process has as many
         count = math.ceil(config.epochs * len(harmful) / half)
         chosen = choose_benign(self._training_prompts(("benign", "twin")), count * half, config.twin_share, config.seed)
         asked = [item for item in chosen if item.response is None]
@@ -245,8 +246,8 @@ class Run:
         steps = Steps(
             harmful,
             benign,
-            batch_size=config.batch_size // config.accumulate,
-            steps=count * config.accumulate,
+            batch_size=config.batch_size // parts,
+            steps=count * parts,
             seed=config.seed,
             pad=self.tokenizer.pad_token_id,
         )
@@ -266,7 +267,7 @@ class Run:
                 learning_rate=config.learning_rate,
                 benign_loss=config.benign_loss,
                 benign_weight=config.benign_weight,
-                accumulate=config.accumulate,
+                accumulate=parts,
                 first_weight=config.first_weight,
                 margin_weight=config.margin_weight,
                 whitening=whitening,
@@ -278,7 +279,8 @@ class Run:
         patch = NestPatch.from_model(model)
         patch.manifest = self._manifest()
         patch = patch.seal(self.base.folder)
-        patch.save(self.folder / "patch" / "nest_patch.safetensors")
+        if is_main():
+            patch.save(self.folder / "patch" / "nest_patch.safetensors")
         self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
         self.model.set_attn_implementation(attention)
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short

@@ -17,6 +17,7 @@ from nest_rs.evaluate.generate import Answer, decode
 from nest_rs.evaluate.judge import is_apology, is_refusal
 from nest_rs.files import replacing
 from nest_rs.models import Base, cache_dir, head_makes_logits
+from nest_rs.processes import is_main, wait
 from nest_rs.prompts import Prompt, encode, fitting, refusals, render
 from nest_rs.train import Example
 
@@ -45,7 +46,7 @@ def own_answers(
         ).encode()
     ).hexdigest()
     path = cache_dir() / "answers" / f"{key[:32]}.safetensors"
-    if not path.is_file():
+    if is_main() and not path.is_file():
         answers = decode(
             model,
             tokenizer,
@@ -56,6 +57,7 @@ def own_answers(
             states=head_makes_logits(model),
         )
         _write_answers(answers, path)
+    wait()
     return _read_answers(path)
 
 

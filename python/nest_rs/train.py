@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+from nest_rs.processes import share
 from nest_rs.whiten import WhitenedAdamW
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def train_deltas(
     arguments = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=1,  # one item is one whole step, or a part of one
-        gradient_accumulation_steps=accumulate,
+        gradient_accumulation_steps=accumulate // share()[1],  # each process takes its share of a step's parts
         max_steps=count,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
@@ -312,6 +313,7 @@ def train_deltas(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         train_sampling_strategy="sequential",
         label_names=[],
     )

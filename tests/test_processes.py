@@ -1,0 +1,65 @@
+"""Two processes do what one does: the same neurons to the bit, the same training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import write_prompts
+
+ONE = ["-m", "nest_rs"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *ONE]
+
+
+def tune(launcher: list[str], tiny: Path, prompts: Path, out: Path, *flags: str) -> dict[str, object]:
+    settings = "--batch-size 8 --dtype float32 --z 1 --limit 4 --max-new-tokens 4 --epochs 1 --no-export --json"
+    command = [sys.executable, *launcher, "tune", str(tiny), "--prompts", str(prompts), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, *settings.split(), *flags], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary: dict[str, object] = json.loads(done.stdout)
+    return summary
+
+
+def losses(run: Path) -> list[float]:
+    events = [json.loads(line) for line in (run / "run.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["event"] == "loss"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One process; two; two that find their parts too few, as each must have one."""
+    folder = tmp_path_factory.mktemp("processes")
+    prompts = write_prompts(folder / "prompts.jsonl", harmful=180, benign=180)
+    os.environ["NEST_RS_CACHE"] = str(folder / "cache")
+    tune(ONE, tiny, prompts, folder / "one")
+    for name, parts in (("two", "2"), ("lifted", "1")):
+        tune(TWO, tiny, prompts, folder / name, "--accumulate", parts)
+    return {name: folder / name for name in ("one", "two", "lifted")}
+
+
+@pytest.mark.parametrize("name", ["probe/activations.safetensors", "probe/probes.safetensors", "neurons.safetensors"])
+def test_two_processes_find_the_same_bits(name: str, runs: dict[str, Path]) -> None:
+    assert (runs["one"] / name).read_bytes() == (runs["two"] / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["two", "lifted"])
+def test_two_processes_train_along_the_same_curve(name: str, runs: dict[str, Path]) -> None:
+    one, two = losses(runs["one"]), losses(runs[name])
+    assert len(one) >= 5
+    assert one[-1] < one[0]
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_only_the_first_process_writes(runs: dict[str, Path]) -> None:
+    listed = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (runs["one"], runs["two"])]
+    assert listed[0] == listed[1]
+    lines = [len((run / "run.jsonl").read_text().splitlines()) for run in (runs["one"], runs["two"])]
+    assert lines[0] == lines[1]
