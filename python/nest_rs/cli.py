@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
@@ -105,7 +105,9 @@ class Eval(Command):
     utility: list[Path] = Field([], description=".jsonl choice sets (accuracy) and .txt files (perplexity)")
     max_new_tokens: int = Field(32, ge=1, description="tokens of an answer")
     limit: int | None = Field(None, ge=1, description="first rows of each suite only")
-    batch_size: int = Field(32, ge=1, description="answers decoded together")
+    batch_size: int = Field(32, ge=0, description="answers decoded together; 0: as many as fit")
+    backend: Literal["torch", "onnx", "vllm"] = Field("torch", description="what writes the answers")
+    whole_answers: bool = Field(False, description="judge whole answers, not only until every verdict stands")
     out: Path | None = Field(None, description="where results.json and samples.jsonl go (default eval/<model>)")
     device: str = Field("auto", description="auto, cpu, cuda, ...")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
@@ -114,6 +116,7 @@ class Eval(Command):
     def run(self) -> dict[str, Any]:
         import torch
 
+        from nest_rs.evaluate.backends import find_export, open_backend
         from nest_rs.evaluate.refusal import evaluate_refusal
         from nest_rs.evaluate.suites import BUILTIN_SUITES, attack, load_suites
         from nest_rs.evaluate.utility import check_utility, measure_utility
@@ -131,17 +134,31 @@ class Eval(Command):
         for path in self.attacks:
             suites += attack(suites[: len(self.suite or BUILTIN_SUITES)], path)
         check_utility(self.utility)
-        base = resolve(str(Path(self.model) / "merged") if is_run else self.model)
+        if self.backend != "torch" and self.utility:
+            raise NestError(f"`{self.backend}` writes answers only", mend="measure --utility with --backend torch")
+        name = str(Path(self.model) / ("onnx" if self.backend == "onnx" else "merged")) if is_run else self.model
+        base = find_export(Path(name)) if self.backend == "onnx" else resolve(name)
         if self.threads:
             torch.set_num_threads(self.threads)
         device = pick_device(self.device)
-        model = load_model(base.folder, device=device, dtype=pick_dtype(self.dtype, device))
+        dtype = pick_dtype(self.dtype, device)
+        model: Any
+        if self.backend == "torch":
+            model = load_model(base.folder, device=device, dtype=dtype)
+        else:
+            model = open_backend(self.backend, base.folder, dtype)
         tokenizer = load_tokenizer(base.folder)
         out = self.out or Path("eval") / base.slug
         results: dict[str, Any] = {}
         if suites:
             results = evaluate_refusal(
-                model, tokenizer, suites, out, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+                model,
+                tokenizer,
+                suites,
+                out,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                early=not self.whole_answers,
             )
         utility = {path.stem: measure_utility(model, tokenizer, path, limit=self.limit) for path in self.utility}
         if utility:

@@ -340,6 +340,7 @@ class Run:
                 max_new_tokens=config.max_new_tokens,
                 batch_size=config.eval_batch_size,
                 label=f"judge {name}",
+                early=not config.whole_answers,
             )
             utility = {path.stem: measure_utility(model, self.tokenizer, path) for path in config.utility}
             if utility:

@@ -19,7 +19,8 @@ _REACH = 80
 def _pattern() -> Any:
     import regex  # matches in part, which `re` cannot
 
-    return regex.compile(judge._REFUSALS.pattern)
+    # Lazy or greedy, the same texts match; but a lazy repeat does not report that it could go on.
+    return regex.compile(judge._REFUSALS.pattern.replace("}?", "}"))
 
 
 def verdict_stands(text: str) -> bool:

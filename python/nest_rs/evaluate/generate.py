@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nest_rs.evaluate.backends import Backend, until_end
+from nest_rs.memory import halving
 from nest_rs.models import head_inputs
 from nest_rs.prefix import prefix_cache, repeated, shared_prefix
 from nest_rs.progress import track
@@ -35,34 +37,62 @@ class Answer:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Backend,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
     label: str = "generate",
+    decided: Callable[[str], bool] | None = None,
 ) -> list[str | None]:
     """Answer each prompt greedily in the chat format.
 
     Args:
-        model: A causal language model in eval mode.
+        model: A causal language model in eval mode, or another engine (`nest_rs.evaluate.backends`).
         tokenizer: Its tokenizer, with a chat template.
         prompts: User requests, without chat markup.
         max_new_tokens: Tokens an answer may take.
-        batch_size: Prompts decoded together, fewer where they are long; batches hold prompts of like length.
+        batch_size: Prompts decoded together, fewer where they are long; batches hold prompts of like length. Halved,
+            with a warning, where memory runs out; 0 starts with all that the memory might hold.
         label: What the progress bar says.
+        decided: Says of an answer's beginning whether no more of it is needed. A batch ends once all are decided.
 
     Returns:
         An answer for each prompt, in order; None where the prompt does not fit the context.
     """
-    answers = decode(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label, states=False
-    )
+    if isinstance(model, Backend):
+        answers = answers_of(model, tokenizer, prompts, max_new_tokens=max_new_tokens, label=label)
+    else:
+        answers = decode(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            label=label,
+            states=False,
+            decided=decided,
+        )
     return [
         None if answer is None else str(tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
         for answer in answers
     ]
+
+
+def answers_of(
+    backend: Backend, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int, label: str
+) -> list[Answer | None]:
+    """As `decode`, by another engine; it makes its own batches."""
+    ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
+    kept = fitting(ids, [prompt[:40] for prompt in prompts], backend.context - max_new_tokens)
+    order = sorted(kept, key=lambda index: len(ids[index]))
+    answers: list[Answer | None] = [None] * len(prompts)
+    with track(label, total=len(order), unit="prompts") as advance:
+        told = backend.answer([ids[index] for index in order], max_new_tokens, advance)
+    for index, tokens in zip(order, told, strict=True):
+        answers[index] = Answer(tokens)
+    return answers
 
 
 def decode(
@@ -74,14 +104,16 @@ def decode(
     batch_size: int,
     label: str,
     states: bool,
+    decided: Callable[[str], bool] | None = None,
 ) -> list[Answer | None]:
     """As `generate`, but token ids and, with `states`, the hidden states the head read them from."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
     room = model.config.get_text_config().max_position_embeddings - max_new_tokens
     kept = fitting(ids, [prompt[:40] for prompt in prompts], room)
-    order = sorted(kept, key=lambda index: len(ids[index]))
+    lengths = [len(row) for row in ids]
+    order = sorted(kept, key=lambda index: lengths[index])
     answers: list[Answer | None] = [None] * len(prompts)
     if not kept:
         return answers
@@ -100,7 +132,8 @@ def decode(
         _without_stored_settings(model),
     ):
         cache = prefix_cache(model, torch.tensor([prefix], device=model.device))
-        for batch in _batches(order, [len(row) for row in ids], batch_size):
+
+        def answer(batch: list[int]) -> list[Answer]:
             width = len(ids[batch[-1]])
             # The shared opening first, then padding, then the prompt's own tokens.
             pads = torch.tensor([width - len(ids[index]) for index in batch], device=model.device)[:, None]
@@ -108,35 +141,59 @@ def decode(
             rows = [prefix + gap + ids[index][len(prefix) :] for gap, index in zip(gaps, batch, strict=True)]
             tokens = torch.tensor(rows, device=model.device)
             columns = torch.arange(width, device=model.device) - len(prefix)
+            stop = StoppingCriteriaList([_AllDecided(tokenizer, decided, width, ends)] if decided else [])
             with head_inputs(model) as seen:
                 out = model.generate(
                     input_ids=tokens,
                     attention_mask=((columns < 0) | (columns >= pads)).long(),
                     past_key_values=repeated(cache, len(batch)),
                     generation_config=greedy,
+                    stopping_criteria=stop,
                 )
             read = torch.stack([state[:, -1] for state in seen], dim=1).cpu() if states else None
-            for row, index in enumerate(batch):
-                told = _until_end(out[row, width:].tolist(), ends)
-                answers[index] = Answer(told, None if read is None else read[row, : len(told)].clone())
-            advance(len(batch))
+            told = [until_end(row[width:].tolist(), ends) for row in out]
+            return [Answer(row, None if read is None else read[i, : len(row)].clone()) for i, row in enumerate(told)]
+
+        start, size = 0, batch_size or len(order)
+        while start < len(order):
+
+            def take(size: int, start: int = start) -> list[Answer]:
+                return answer(_batch(order[start:], lengths, size))
+
+            told, size = halving(take, size, "answers at a time")
+            for index, found in zip(order[start:], told, strict=False):
+                answers[index] = found
+            start += len(told)
+            advance(len(told))
     return answers
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Runs of at most `size` prompts, in ascending length, and of no more tokens than as many of ordinary length."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) == size or lengths[index] * (len(batch) + 1) > size * _ORDINARY):
-            yield batch
-            batch = []
-        batch.append(index)
-    yield batch
+def _batch(order: Sequence[int], lengths: Sequence[int], size: int) -> list[int]:
+    """The first prompts, at most `size`, in ascending length and of no more tokens than as many of ordinary length."""
+    room = size * _ORDINARY
+    count = next((n for n, index in enumerate(order[:size]) if n and lengths[index] * (n + 1) > room), size)
+    return list(order[:count])
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    stop = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
+class _AllDecided:
+    """A stopping criterion of transformers: ends a batch when no answer needs another word."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, decided: Callable[[str], bool], width: int, ends: Collection[int]
+    ) -> None:
+        self.tokenizer, self.decided, self.width, self.ends = tokenizer, decided, width, ends
+        self.open: list[int] | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        told = input_ids[:, self.width :].tolist()
+        rows = range(len(told)) if self.open is None else self.open
+        self.open = [row for row in rows if not self._is_decided(told[row])]
+        return torch.full((len(told),), not self.open, device=input_ids.device)
+
+    def _is_decided(self, told: list[int]) -> bool:
+        if told[-1] in self.ends:
+            return True
+        return self.decided(str(self.tokenizer.decode(told, skip_special_tokens=True)).strip())
 
 
 @contextmanager
