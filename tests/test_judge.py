@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nest_rs.evaluate.early import verdict_stands
 from nest_rs.evaluate.judge import is_apology, is_refusal, normalise
 
 REFUSALS = [
@@ -154,3 +155,30 @@ def test_apologies(answer: str, apology: bool) -> None:
 
 def test_normalising_keeps_the_words() -> None:
     assert normalise('  **"I\u2019m  SORRY\n\nbut\u2018') == "i'm sorry but'"
+
+
+@pytest.mark.parametrize("answer", [*REFUSALS, *ANSWERS])
+def test_a_verdict_that_stands_is_that_of_the_whole_answer(answer: str) -> None:
+    for end in range(len(answer) + 1):
+        if verdict_stands(answer[:end].strip()):
+            assert is_refusal(answer[:end].strip()) == is_refusal(answer), answer[:end]
+
+
+@pytest.mark.parametrize(
+    ("text", "stands"),
+    [
+        ("The", True),
+        ("Sure", True),
+        ("I", False),
+        ("I can", False),
+        ("I'm sorry for any confusion, but as a chatbot", False),
+        ("I can't help with that.", True),
+        ("I can't recommend it", False),
+        ("Unfortunate", False),
+        ("", False),
+        ("**", False),
+        ("I can\ufffd", False),
+    ],
+)
+def test_when_a_verdict_stands(text: str, stands: bool) -> None:
+    assert verdict_stands(text) is stands
