@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 import random
 import shutil
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from nest_rs.train import Example
+    from nest_rs.targets import TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +121,13 @@ class Run:
         """The prompt set."""
         return load_prompts(self.config.prompts)
 
+    @cached_property
+    def training_data(self) -> TrainingData:
+        """What there is to learn, in steps."""
+        from nest_rs.targets import training_data
+
+        return training_data(self.config, self.base, self.model, self.tokenizer, self.prompts)
+
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
         from transformers.utils import logging as transformers_logging
@@ -193,73 +199,19 @@ class Run:
         import torch
         from peft import get_peft_model
 
-        from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, refusal_examples
-        from nest_rs.train import Steps, train_deltas
         from nest_rs.tuner import NestConfig
 
         config = self.config
         neurons = load_neurons(self.folder / "neurons.safetensors")
-        room = self._context() - config.answer_tokens
-        harmful = refusal_examples(self.tokenizer, self._training_prompts(("harmful",)), room=room, seed=config.seed)
-        half = config.batch_size // 2
-        count = math.ceil(config.epochs * len(harmful) / half)
-        chosen = choose_benign(self._training_prompts(("benign", "twin")), count * half, config.twin_share, config.seed)
-        asked = [item for item in chosen if item.response is None]
-        answers = own_answers(
-            self.base,
-            self.model,
-            self.tokenizer,
-            asked,
-            max_new_tokens=config.answer_tokens,
-            batch_size=config.eval_batch_size,
-        )
-        told = [item for item in chosen if item.response is not None]
-        known = dict(zip((item.id for item in asked), answers, strict=True))
-        known |= zip(
-            (item.id for item in told),
-            given_answers(self.tokenizer, [str(item.response) for item in told]),
-            strict=True,
-        )
-        benign = helpful_examples(
-            self.tokenizer,
-            chosen,
-            [known[item.id] for item in chosen],
-            room=room,
-            max_tokens=config.answer_tokens,
-        )
-        steps = Steps(
-            harmful,
-            benign,
-            batch_size=config.batch_size // config.accumulate,
-            steps=count * config.accumulate,
-            seed=config.seed,
-            pad=self.tokenizer.pad_token_id,
-        )
-        whitening = self._whitening(list(neurons), harmful, benign) if config.whiten else None
+        data = self.training_data
+        whitening = self._whitening(list(neurons), data) if config.whiten else None
         torch.manual_seed(config.seed)
         attention = self.model.config._attn_implementation
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("eager")  # the fused one is slower in the backward pass
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         checkpoints = self.folder / "train"
-        with track("train", total=count, unit="steps") as advance:
-            losses = train_deltas(
-                model,
-                self.tokenizer,
-                steps,
-                output_dir=str(checkpoints),
-                learning_rate=config.learning_rate,
-                benign_loss=config.benign_loss,
-                benign_weight=config.benign_weight,
-                accumulate=config.accumulate,
-                first_weight=config.first_weight,
-                margin_weight=config.margin_weight,
-                whitening=whitening,
-                seed=config.seed,
-                bf16=self.model.dtype == torch.float32 and pick_dtype("auto", self.model.device) == torch.bfloat16,
-                resume=config.resume and any(checkpoints.glob("checkpoint-*")),
-                progress=advance,
-            )
+        losses = self.fit(model, data, checkpoints, learning_rate=config.learning_rate, whitening=whitening)
         patch = NestPatch.from_model(model)
         patch.manifest = self._manifest()
         patch = patch.seal(self.base.folder)
@@ -269,13 +221,47 @@ class Run:
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
         for entry in losses:
             self._log("loss", entry)
-        return {"trainable_params": patch.trainable_params, "steps": count, "loss": losses[-1]["loss"]}
+        return {"trainable_params": patch.trainable_params, "steps": data.count, "loss": losses[-1]["loss"]}
 
-    def _whitening(self, modules: list[str], harmful: list[Example], benign: list[Example]) -> dict[str, torch.Tensor]:
+    def fit(
+        self,
+        model: PeftModel,
+        data: TrainingData,
+        checkpoints: Path,
+        *,
+        learning_rate: float,
+        whitening: dict[str, torch.Tensor] | None = None,
+    ) -> list[dict[str, float]]:
+        """Train what is trainable of a model by the run's losses and steps; the trainer's log."""
+        import torch
+
+        from nest_rs.train import train_deltas
+
+        config = self.config
+        with track("train", total=data.count, unit="steps") as advance:
+            return train_deltas(
+                model,
+                self.tokenizer,
+                data.steps,
+                output_dir=str(checkpoints),
+                learning_rate=learning_rate,
+                benign_loss=config.benign_loss,
+                benign_weight=config.benign_weight,
+                accumulate=config.accumulate,
+                first_weight=config.first_weight,
+                margin_weight=config.margin_weight,
+                whitening=whitening,
+                seed=config.seed,
+                bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,
+                resume=config.resume and any(checkpoints.glob("checkpoint-*")),
+                progress=advance,
+            )
+
+    def _whitening(self, modules: list[str], data: TrainingData) -> dict[str, torch.Tensor]:
         from nest_rs.whiten import whitenings
 
         rng = random.Random(self.config.seed)
-        asked = [rng.sample(items, min(len(items), _MOMENT_PROMPTS // 2)) for items in (harmful, benign)]
+        asked = [rng.sample(items, min(len(items), _MOMENT_PROMPTS // 2)) for items in (data.harmful, data.benign)]
         return whitenings(
             self.model,
             [site for site in find_sites(self.model) if site.module in modules],
