@@ -86,6 +86,13 @@ class Run:
             write_json(scratch / "env.json", environment())
         return cls(folder, config)
 
+    def beside(self, folder: Path, **changes: Any) -> Run:
+        """Another run of this base on what this one has loaded, with some settings changed."""
+        run = Run(folder, self.config.model_copy(update=changes))
+        for name in ("base", "tokenizer", "model", "prompts"):
+            run.__dict__[name] = getattr(self, name)
+        return run
+
     @classmethod
     def open(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Run:
         """An existing run, with some settings changed for the stages to come.
@@ -225,14 +232,14 @@ class Run:
 
     def fit(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         data: TrainingData,
         checkpoints: Path,
         *,
         learning_rate: float,
-        whitening: dict[str, torch.Tensor] | None = None,
+        **how: Any,
     ) -> list[dict[str, float]]:
-        """Train what is trainable of a model by the run's losses and steps; the trainer's log."""
+        """Train what is trainable of a model by the run's losses and steps; `how` as for `train_deltas`."""
         import torch
 
         from nest_rs.train import train_deltas
@@ -250,11 +257,11 @@ class Run:
                 accumulate=config.accumulate,
                 first_weight=config.first_weight,
                 margin_weight=config.margin_weight,
-                whitening=whitening,
                 seed=config.seed,
                 bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,
                 resume=config.resume and any(checkpoints.glob("checkpoint-*")),
                 progress=advance,
+                **how,
             )
 
     def _whitening(self, modules: list[str], data: TrainingData) -> dict[str, torch.Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,13 @@ class TrainingData:
     benign: list[Example]
     steps: Steps
     count: int
+
+    def shortened(self, share: float) -> TrainingData:
+        """The first steps alone, as for a trial."""
+        count = max(1, round(share * self.count))
+        steps = copy.copy(self.steps)
+        steps.steps = self.steps.steps[: count * (len(self.steps) // self.count)]
+        return replace(self, steps=steps, count=count)
 
 
 def training_data(
