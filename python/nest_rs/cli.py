@@ -80,6 +80,45 @@ class _Stage(_Settings):
         return {"run": str(self.folder), **run.stage(type(self).__name__.lower())}
 
 
+class _Compare(_Settings):
+    model: CliPositionalArg[str] = Field("smollm2-135m", description="base model")
+    methods: list[str] = Field(
+        ["base", "nest", "lora", "full", "circuit-breaker", "random-rows", "random-clusters"],
+        description="rows, lora-r1 among them; each baseline takes the best rate of its grid",
+    )
+    seeds: list[int] = Field([0], description="seeds; the table gives means over them")
+    suite: list[str] = Field(["nest-harmful"], description="suites to refuse: .jsonl files or names")
+    benign: list[str] = Field(["nest-benign"], description="suites to answer: .jsonl files or names")
+    rates: dict[str, float] = Field({}, description="learning rates given and not chosen: method=rate")
+    trial_share: float = Field(0.4, gt=0, le=1, description="share of the steps when rates are tried")
+    stress: bool = Field(False, description="add rows of each model abliterated, pruned and attacked by fine-tuning")
+    restore: bool = Field(False, description="add rows of fine-tunes, and of what restores their safety")
+    tasks: Path | None = Field(None, description=".jsonl of `prompt` and `response` to fine-tune on (default: own)")
+
+    def run(self) -> dict[str, Any]:
+        from nest_rs.compare.comparison import compare
+
+        given = {"suite": self.suite, **self.given()}
+        return compare(
+            build_config(given),
+            methods=self.methods,
+            seeds=self.seeds,
+            benign=self.benign,
+            rates=self.rates,
+            trial_share=self.trial_share,
+            stress=self.stress,
+            fine_tunes=self.restore,
+            tasks=self.tasks,
+        )
+
+    def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.compare.table import terminal
+
+        out = Console()
+        out.print(terminal(result["table"]))
+        out.print(f"folder: {result['folder']}")
+
+
 _FIXED = {"model", "out", "resume", "preset"}
 Tune = _with_settings(
     "Tune", _Tune, "Find the neurons, train, fold, judge and export: the whole road.", leave_out={"model"}
@@ -90,6 +129,13 @@ Train = _with_settings(
     "Train", _Stage, "Train the tied deltas of a run and write its patch.", leave_out=_FIXED - {"resume"}
 )
 Merge = _with_settings("Merge", _Stage, "Fold a run's patch into a copy of its base.", leave_out=_FIXED)
+
+Compare = _with_settings(
+    "Compare",
+    _Compare,
+    "Put NeST beside LoRA, full fine-tuning, circuit breakers and controls: one table. Finished rows are kept.",
+    leave_out={"model", "resume", "seed", "suite", "export", "precision", "parity_prompts"},
+)
 
 
 class Eval(Command):
@@ -219,6 +265,7 @@ class NestRs(BaseSettings):
     merge: CliSubCommand[Merge]  # type: ignore[valid-type]
     eval: CliSubCommand[Eval]
     export: CliSubCommand[Export]
+    compare: CliSubCommand[Compare]  # type: ignore[valid-type]
     apply: CliSubCommand[Apply]
     remove: CliSubCommand[Remove]
     verify: CliSubCommand[Verify]
@@ -230,6 +277,7 @@ class NestRs(BaseSettings):
 def _normalise(arguments: list[str]) -> list[str]:
     """Accept `--snake_case` flags, and several values after a list flag (`--suite A B`)."""
     lists = {"--suite", "--utility", "--attacks", "--projections", "--depth"}
+    lists |= {"--methods", "--seeds", "--benign", "--rates"}
     out: list[str] = []
     open_list = ""
     for argument in arguments:

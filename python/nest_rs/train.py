@@ -238,7 +238,7 @@ def train_deltas(
     whitening: Mapping[str, torch.Tensor] | None = None,
     bf16: bool = False,
     reference: PreTrainedModel | None = None,
-    checkpoints: bool = True,
+    save: bool = True,
     resume: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, float]]:
@@ -259,7 +259,7 @@ def train_deltas(
         whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
         bf16: Autocast to bfloat16 (a model already in bfloat16 needs none).
         reference: See `base_logits`.
-        checkpoints: Write checkpoints.
+        save: Write checkpoints.
         resume: Go on from the last checkpoint in `output_dir`.
         progress: Called with 1 after each step.
 
@@ -320,7 +320,7 @@ def train_deltas(
         use_cpu=model.device.type == "cpu",
         logging_steps=min(5, count),
         logging_nan_inf_filter=False,
-        save_strategy="steps" if checkpoints else "no",
+        save_strategy="steps" if save else "no",
         save_steps=max(1, count // 4),
         save_total_limit=1,
         report_to=[],
