@@ -53,11 +53,28 @@ class _Settings(Command):
 
 class _Tune(_Settings):
     model: CliPositionalArg[str] = Field("smollm2-135m", description="base model")
+    search: int | None = Field(None, ge=1, description="only try so many recipes, and show the front on validation")
 
     def run(self) -> dict[str, Any]:
         from nest_rs.run import run_all
+        from nest_rs.search import search
 
-        return run_all(build_config(self.given()))
+        config = build_config(self.given())
+        return search(config, self.search) if self.search else run_all(config)
+
+    def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.search import table
+
+        if "trials" not in result:
+            super().show(result)
+            return
+        out = Console()
+        out.print(table(result))
+        flags = " ".join(
+            f"--{name.replace('_', '-')} {value:g}"
+            for name, value in result["trials"][result["best"]]["settings"].items()
+        )
+        out.print(f"least sum: nest-rs tune {self.model} {flags}")
 
 
 class _Probe(_Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import random
 import shutil
@@ -92,6 +93,22 @@ class Run:
         for name in ("base", "tokenizer", "model", "prompts"):
             run.__dict__[name] = getattr(self, name)
         return run
+
+    def take_probe(self, other: Run) -> None:
+        """Use the activations and probes of another run, made first if they are not there.
+
+        For runs that differ in what comes after the probe alone.
+        """
+        if not other.finished("probe"):
+            other.stage("probe")
+        if self.finished("probe"):
+            return
+        with new_folder(self.folder / "probe", overwrite=True) as scratch:
+            shutil.copytree(other.folder / "probe", scratch, dirs_exist_ok=True, copy_function=_link)
+        kept = ("model", "sites", "prompts", "total_params")
+        before = other.summary()
+        seconds = {"probe": before["seconds"]["probe"]}
+        write_json(self.folder / "summary.json", {**{key: before[key] for key in kept}, "seconds": seconds})
 
     @classmethod
     def open(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Run:
@@ -393,10 +410,16 @@ class Run:
             file.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
 
 
+def _link(source: str, target: str) -> None:
+    """Activations are large and never rewritten in place: the same file under a second name, where the disk can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def environment() -> dict[str, Any]:
     """What a run was made with."""
-    import os
-
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -10,6 +10,8 @@ from typing import Any
 from rich.table import Table
 from scipy.stats import t
 
+from nest_rs.report import percent
+
 SHARES = ("attack_success", "incoherent", "over_refusal")
 _HEADS = ["method", "seeds", "trainable", "seconds", "peak MB", "attack success", "incoherent", "over-refusal"]
 NOTE = (
@@ -80,7 +82,7 @@ def cells(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
             f"{entry['trainable_params']:,}" if entry["trainable_params"] else "-",
             f"{entry['seconds']:,.1f}" if entry["seconds"] else "-",
             f"{entry['peak_mb']:,.0f}" if entry["peak_mb"] else "-",
-            *(_percent(entry[name]) for name in SHARES),
+            *(percent(entry[name]) for name in SHARES),
             *(_score(entry["utility"].get(name)) for name in utilities),
         ]
         for entry in entries
@@ -88,18 +90,11 @@ def cells(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     return [*_HEADS, *utilities], rows
 
 
-def _percent(found: dict[str, Any]) -> str:
-    if found["rate"] is None:
-        return "-"
-    low, high = found["ci95"]
-    return f"{100 * found['rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] n={found['n']}"
-
-
 def _score(found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
     if "accuracy" in found:
-        return _percent({**found, "rate": found["accuracy"]})
+        return percent({**found, "rate": found["accuracy"]})
     interval = f" [{found['ci95'][0]:.2f}, {found['ci95'][1]:.2f}]" if found["ci95"] else ""
     return f"{found['perplexity']:.2f}{interval} n={found['n']}"
 
