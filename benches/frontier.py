@@ -4,8 +4,8 @@
 
 A method is one point in a table, and where two methods stop on their own frontiers is a matter of taste. So each is
 made once, and its change of the weights is scaled: W = base + s (tuned - base). Writes `frontier.csv` and
-`frontier.json` to COMPARISON, the folder of a comparison whose settings are taken, and whose rates where none are given;
-with matplotlib installed, `frontier.svg` too.
+`frontier.json` to COMPARISON, the folder of a comparison whose settings are taken, and whose rates where none are
+given; with matplotlib installed, `frontier.svg` too.
 """
 
 from __future__ import annotations

@@ -251,6 +251,34 @@ class Export(Command):
             print(f"{key}: {value}")
 
 
+class Update(Command):
+    """Refuse one more category of harm, or one fewer: a second patch on top of a run's, which is not trained again."""
+
+    folder: CliPositionalArg[Path] = Field(description="run folder with a patch")
+    refuse: str | None = Field(None, description="category of the prompts to refuse from now on")
+    allow: str | None = Field(None, description="category of the prompts to refuse no longer")
+    prompts: Path | None = Field(None, description="prompt set with the category (default: the run's)")
+    z: float | None = Field(None, description="select rows of the second patch above it (default: the run's)")
+    steps: int = Field(60, ge=1, description="training steps of the second patch")
+    out: Path | None = Field(None, description="new folder (default <run>/update-<category>)")
+
+    def run(self) -> dict[str, Any]:
+        from nest_rs.policy import update
+        from nest_rs.run import Run
+
+        changes = {"prompts": self.prompts, "z": self.z}
+        run = Run.read(self.folder, {name: value for name, value in changes.items() if value is not None})
+        out = self.out or self.folder / f"update-{self.refuse or self.allow}"
+        return update(run, out, refuse=self.refuse, allow=self.allow, steps=self.steps)
+
+    def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.report import percent
+
+        for group, before in result["refused"]["before"].items():
+            print(f"{group}: refused {percent(before)} -> {percent(result['refused']['after'][group])}")
+        print(f"{result['trainable_params']:,} numbers trained; patch: {result['patch']}")
+
+
 class Env(Command):
     """What this machine and installation offer."""
 
@@ -283,6 +311,7 @@ class NestRs(BaseSettings):
     eval: CliSubCommand[Eval]
     export: CliSubCommand[Export]
     compare: CliSubCommand[Compare]  # type: ignore[valid-type]
+    update: CliSubCommand[Update]
     apply: CliSubCommand[Apply]
     remove: CliSubCommand[Remove]
     verify: CliSubCommand[Verify]

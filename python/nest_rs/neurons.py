@@ -133,6 +133,24 @@ def described(
     return SiteNeurons(rows, cluster, coef[rows], scores, *means)
 
 
+def without_rows(neurons: Mapping[str, SiteNeurons], taken: Mapping[str, NDArray[np.int32]]) -> dict[str, SiteNeurons]:
+    """The neurons that are not among each site's `taken` rows, their clusters numbered anew.
+
+    Raises:
+        NestError: none is left.
+    """
+    left = {}
+    for site, chosen in neurons.items():
+        free = ~np.isin(chosen.rows, taken.get(site, np.empty(0, np.int32)))
+        if free.any():
+            kept = {name: getattr(chosen, name)[free] for name in _ARRAYS}
+            kept["cluster"] = np.unique(kept["cluster"], return_inverse=True)[1].astype(np.int16)
+            left[site] = SiteNeurons(**kept)
+    if not left:
+        raise NestError("all selected neurons are moved by the first patch", mend="lower --z")
+    return left
+
+
 def _by_silhouette(
     points: NDArray[np.float32], k_max: int | None, floor: float, n_init: int, seed: int, threads: int | None
 ) -> NDArray[np.int16]:

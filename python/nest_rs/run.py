@@ -117,11 +117,16 @@ class Run:
         Raises:
             NestError: there is no run in the folder.
         """
+        run = cls.read(folder, overrides)
+        run.config.save(folder / "config.yaml")
+        return run
+
+    @classmethod
+    def read(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Run:
+        """As `open`, but the folder stays as it is."""
         if not (folder / "config.yaml").is_file():
             raise NestError(f"no run in `{folder}`", mend="start one with nest-rs tune or nest-rs probe")
-        config = build_config(read_yaml(folder / "config.yaml"), overrides or {})
-        config.save(folder / "config.yaml")
-        return cls(folder, config)
+        return cls(folder, build_config(read_yaml(folder / "config.yaml"), overrides or {}))
 
     # What the stages share, made when first used.
 
