@@ -54,11 +54,28 @@ class _Settings(Command):
 
 class _Tune(_Settings):
     model: CliPositionalArg[str] = Field("smollm2-135m", description="base model")
+    search: int | None = Field(None, ge=1, description="only try so many recipes, and show the front on validation")
 
     def run(self) -> dict[str, Any]:
         from nest_rs.run import run_all
+        from nest_rs.search import search
 
-        return run_all(build_config(self.given()))
+        config = build_config(self.given())
+        return search(config, self.search) if self.search else run_all(config)
+
+    def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.search import table
+
+        if "trials" not in result:
+            super().show(result)
+            return
+        out = Console()
+        out.print(table(result))
+        flags = " ".join(
+            f"--{name.replace('_', '-')} {value:g}"
+            for name, value in result["trials"][result["best"]]["settings"].items()
+        )
+        out.print(f"least sum: nest-rs tune {self.model} {flags}")
 
 
 class _Probe(_Settings):
@@ -81,6 +98,45 @@ class _Stage(_Settings):
         return {"run": str(self.folder), **run.stage(type(self).__name__.lower())}
 
 
+class _Compare(_Settings):
+    model: CliPositionalArg[str] = Field("smollm2-135m", description="base model")
+    methods: list[str] = Field(
+        ["base", "nest", "lora", "full", "circuit-breaker", "random-rows", "random-clusters"],
+        description="rows, lora-r1 among them; each baseline takes the best rate of its grid",
+    )
+    seeds: list[int] = Field([0], description="seeds; the table gives means over them")
+    suite: list[str] = Field(["nest-harmful"], description="suites to refuse: .jsonl files or names")
+    benign: list[str] = Field(["nest-benign"], description="suites to answer: .jsonl files or names")
+    rates: dict[str, float] = Field({}, description="learning rates given and not chosen: method=rate")
+    trial_share: float = Field(0.4, gt=0, le=1, description="share of the steps when rates are tried")
+    stress: bool = Field(False, description="add rows of each model abliterated, pruned and attacked by fine-tuning")
+    restore: bool = Field(False, description="add rows of fine-tunes, and of what restores their safety")
+    tasks: Path | None = Field(None, description=".jsonl of `prompt` and `response` to fine-tune on (default: own)")
+
+    def run(self) -> dict[str, Any]:
+        from nest_rs.compare.comparison import compare
+
+        given = {"suite": self.suite, **self.given()}
+        return compare(
+            build_config(given),
+            methods=self.methods,
+            seeds=self.seeds,
+            benign=self.benign,
+            rates=self.rates,
+            trial_share=self.trial_share,
+            stress=self.stress,
+            fine_tunes=self.restore,
+            tasks=self.tasks,
+        )
+
+    def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.compare.table import terminal
+
+        out = Console()
+        out.print(terminal(result["table"]))
+        out.print(f"folder: {result['folder']}")
+
+
 _FIXED = {"model", "out", "resume", "preset"}
 Tune = _with_settings(
     "Tune", _Tune, "Find the neurons, train, fold, judge and export: the whole road.", leave_out={"model"}
@@ -91,6 +147,13 @@ Train = _with_settings(
     "Train", _Stage, "Train the tied deltas of a run and write its patch.", leave_out=_FIXED - {"resume"}
 )
 Merge = _with_settings("Merge", _Stage, "Fold a run's patch into a copy of its base.", leave_out=_FIXED)
+
+Compare = _with_settings(
+    "Compare",
+    _Compare,
+    "Put NeST beside LoRA, full fine-tuning, circuit breakers and controls: one table. Finished rows are kept.",
+    leave_out={"model", "resume", "seed", "suite", "export", "precision", "parity_prompts"},
+)
 
 
 class Eval(Command):
@@ -206,6 +269,34 @@ class Export(Command):
             print(f"{key}: {value}")
 
 
+class Update(Command):
+    """Refuse one more category of harm, or one fewer: a second patch on top of a run's, which is not trained again."""
+
+    folder: CliPositionalArg[Path] = Field(description="run folder with a patch")
+    refuse: str | None = Field(None, description="category of the prompts to refuse from now on")
+    allow: str | None = Field(None, description="category of the prompts to refuse no longer")
+    prompts: Path | None = Field(None, description="prompt set with the category (default: the run's)")
+    z: float | None = Field(None, description="select rows of the second patch above it (default: the run's)")
+    steps: int = Field(60, ge=1, description="training steps of the second patch")
+    out: Path | None = Field(None, description="new folder (default <run>/update-<category>)")
+
+    def run(self) -> dict[str, Any]:
+        from nest_rs.policy import update
+        from nest_rs.run import Run
+
+        changes = {"prompts": self.prompts, "z": self.z}
+        run = Run.read(self.folder, {name: value for name, value in changes.items() if value is not None})
+        out = self.out or self.folder / f"update-{self.refuse or self.allow}"
+        return update(run, out, refuse=self.refuse, allow=self.allow, steps=self.steps)
+
+    def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.report import percent
+
+        for group, before in result["refused"]["before"].items():
+            print(f"{group}: refused {percent(before)} -> {percent(result['refused']['after'][group])}")
+        print(f"{result['trainable_params']:,} numbers trained; patch: {result['patch']}")
+
+
 class Env(Command):
     """What this machine and installation offer."""
 
@@ -237,6 +328,8 @@ class NestRs(BaseSettings):
     merge: CliSubCommand[Merge]  # type: ignore[valid-type]
     eval: CliSubCommand[Eval]
     export: CliSubCommand[Export]
+    compare: CliSubCommand[Compare]  # type: ignore[valid-type]
+    update: CliSubCommand[Update]
     apply: CliSubCommand[Apply]
     remove: CliSubCommand[Remove]
     verify: CliSubCommand[Verify]
@@ -248,6 +341,7 @@ class NestRs(BaseSettings):
 def _normalise(arguments: list[str]) -> list[str]:
     """Accept `--snake_case` flags, and several values after a list flag (`--suite A B`)."""
     lists = {"--suite", "--utility", "--attacks", "--projections", "--depth"}
+    lists |= {"--methods", "--seeds", "--benign", "--rates"}
     out: list[str] = []
     open_list = ""
     for argument in arguments:

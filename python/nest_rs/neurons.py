@@ -104,14 +104,51 @@ def select_and_cluster(
         else:
             shaped = store.columns(site, rows, standardize=True) if standardize else points
             cluster = _by_silhouette(shaped, k_max, min_silhouette, n_init, seed, threads)
-        scores = (coef[rows] - coef.mean()) / coef.std()
-        means = [points[:, side].mean(axis=1, dtype=np.float64).astype(np.float32) for side in (harmful, ~harmful)]
-        chosen[site] = SiteNeurons(rows, cluster, coef[rows], scores, *means)
+        chosen[site] = described(rows, cluster, coef, points, harmful)
     if not chosen:
         raise NestError(f"no neuron of any site stands out at z = `{z}`", mend="lower --z")
     if empty:
         log.warning("%d sites have no selected neuron and stay as they are: %s", len(empty), listed(empty, 3))
     return chosen
+
+
+def described(
+    rows: NDArray[np.int32],
+    cluster: NDArray[np.int16],
+    coef: NDArray[np.float64],
+    points: NDArray[np.float32],
+    harmful: NDArray[np.bool_],
+) -> SiteNeurons:
+    """Rows of a site with what the probe and the activations say of them.
+
+    Args:
+        rows: [n], ascending.
+        cluster: [n].
+        coef: The probe's coefficient of each of the site's rows.
+        points: Pooled activations of the chosen rows, [n, prompts].
+        harmful: Which prompts are, [prompts].
+    """
+    scores = (coef[rows] - coef.mean()) / coef.std()
+    means = [points[:, side].mean(axis=1, dtype=np.float64).astype(np.float32) for side in (harmful, ~harmful)]
+    return SiteNeurons(rows, cluster, coef[rows], scores, *means)
+
+
+def without_rows(neurons: Mapping[str, SiteNeurons], taken: Mapping[str, NDArray[np.int32]]) -> dict[str, SiteNeurons]:
+    """The neurons that are not among each site's `taken` rows, their clusters numbered anew.
+
+    Raises:
+        NestError: none is left.
+    """
+    left = {}
+    for site, chosen in neurons.items():
+        free = ~np.isin(chosen.rows, taken.get(site, np.empty(0, np.int32)))
+        if free.any():
+            kept = {name: getattr(chosen, name)[free] for name in _ARRAYS}
+            kept["cluster"] = np.unique(kept["cluster"], return_inverse=True)[1].astype(np.int16)
+            left[site] = SiteNeurons(**kept)
+    if not left:
+        raise NestError("all selected neurons are moved by the first patch", mend="lower --z")
+    return left
 
 
 def _by_silhouette(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import os
 import platform
 import random
 import shutil
@@ -31,7 +31,7 @@ from nest_rs.neurons import load_neurons, save_neurons, select_and_cluster
 from nest_rs.numeric import ActivationStore
 from nest_rs.patch import NestPatch
 from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
-from nest_rs.processes import is_main, share, wait
+from nest_rs.processes import is_main, wait
 from nest_rs.progress import track
 from nest_rs.prompts import Prompt, encode, fitting, load_prompts, prompts_sha256, render
 from nest_rs.report import model_card
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from nest_rs.train import Example
+    from nest_rs.targets import TrainingData
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,29 @@ class Run:
         wait()
         return cls(folder, config)
 
+    def beside(self, folder: Path, **changes: Any) -> Run:
+        """Another run of this base on what this one has loaded, with some settings changed."""
+        run = Run(folder, self.config.model_copy(update=changes))
+        for name in ("base", "tokenizer", "model", "prompts"):
+            run.__dict__[name] = getattr(self, name)
+        return run
+
+    def take_probe(self, other: Run) -> None:
+        """Use the activations and probes of another run, made first if they are not there.
+
+        For runs that differ in what comes after the probe alone.
+        """
+        if not other.finished("probe"):
+            other.stage("probe")
+        if self.finished("probe"):
+            return
+        with new_folder(self.folder / "probe", overwrite=True) as scratch:
+            shutil.copytree(other.folder / "probe", scratch, dirs_exist_ok=True, copy_function=_link)
+        kept = ("model", "sites", "prompts", "total_params")
+        before = other.summary()
+        seconds = {"probe": before["seconds"]["probe"]}
+        write_json(self.folder / "summary.json", {**{key: before[key] for key in kept}, "seconds": seconds})
+
     @classmethod
     def open(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Run:
         """An existing run, with some settings changed for the stages to come.
@@ -99,12 +122,17 @@ class Run:
         Raises:
             NestError: there is no run in the folder.
         """
+        run = cls.read(folder, overrides)
+        if is_main():
+            run.config.save(folder / "config.yaml")
+        return run
+
+    @classmethod
+    def read(cls, folder: Path, overrides: dict[str, Any] | None = None) -> Run:
+        """As `open`, but the folder stays as it is."""
         if not (folder / "config.yaml").is_file():
             raise NestError(f"no run in `{folder}`", mend="start one with nest-rs tune or nest-rs probe")
-        config = build_config(read_yaml(folder / "config.yaml"), overrides or {})
-        if is_main():
-            config.save(folder / "config.yaml")
-        return cls(folder, config)
+        return cls(folder, build_config(read_yaml(folder / "config.yaml"), overrides or {}))
 
     # What the stages share, made when first used.
 
@@ -127,6 +155,13 @@ class Run:
     def prompts(self) -> list[Prompt]:
         """The prompt set."""
         return load_prompts(self.config.prompts)
+
+    @cached_property
+    def training_data(self) -> TrainingData:
+        """What there is to learn, in steps."""
+        from nest_rs.targets import training_data
+
+        return training_data(self.config, self.base, self.model, self.tokenizer, self.prompts)
 
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
@@ -208,74 +243,19 @@ class Run:
         import torch
         from peft import get_peft_model
 
-        from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, refusal_examples
-        from nest_rs.train import Steps, train_deltas
         from nest_rs.tuner import NestConfig
 
         config = self.config
         neurons = load_neurons(self.folder / "neurons.safetensors")
-        room = self._context() - config.answer_tokens
-        harmful = refusal_examples(self.tokenizer, self._training_prompts(("harmful",)), room=room, seed=config.seed)
-        half = config.batch_size // 2
-        parts = math.lcm(config.accumulate, share()[1])  # every process has as many
-        count = math.ceil(config.epochs * len(harmful) / half)
-        chosen = choose_benign(self._training_prompts(("benign", "twin")), count * half, config.twin_share, config.seed)
-        asked = [item for item in chosen if item.response is None]
-        answers = own_answers(
-            self.base,
-            self.model,
-            self.tokenizer,
-            asked,
-            max_new_tokens=config.answer_tokens,
-            batch_size=config.eval_batch_size,
-        )
-        told = [item for item in chosen if item.response is not None]
-        known = dict(zip((item.id for item in asked), answers, strict=True))
-        known |= zip(
-            (item.id for item in told),
-            given_answers(self.tokenizer, [str(item.response) for item in told]),
-            strict=True,
-        )
-        benign = helpful_examples(
-            self.tokenizer,
-            chosen,
-            [known[item.id] for item in chosen],
-            room=room,
-            max_tokens=config.answer_tokens,
-        )
-        steps = Steps(
-            harmful,
-            benign,
-            batch_size=config.batch_size // parts,
-            steps=count * parts,
-            seed=config.seed,
-            pad=self.tokenizer.pad_token_id,
-        )
-        whitening = self._whitening(list(neurons), harmful, benign) if config.whiten else None
+        data = self.training_data
+        whitening = self._whitening(list(neurons), data) if config.whiten else None
         torch.manual_seed(config.seed)
         attention = self.model.config._attn_implementation
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("eager")  # the fused one is slower in the backward pass
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         checkpoints = self.folder / "train"
-        with track("train", total=count, unit="steps") as advance:
-            losses = train_deltas(
-                model,
-                self.tokenizer,
-                steps,
-                output_dir=str(checkpoints),
-                learning_rate=config.learning_rate,
-                benign_loss=config.benign_loss,
-                benign_weight=config.benign_weight,
-                accumulate=parts,
-                first_weight=config.first_weight,
-                margin_weight=config.margin_weight,
-                whitening=whitening,
-                seed=config.seed,
-                bf16=self.model.dtype == torch.float32 and pick_dtype("auto", self.model.device) == torch.bfloat16,
-                resume=config.resume and any(checkpoints.glob("checkpoint-*")),
-                progress=advance,
-            )
+        losses = self.fit(model, data, checkpoints, learning_rate=config.learning_rate, whitening=whitening)
         patch = NestPatch.from_model(model)
         patch.manifest = self._manifest()
         patch = patch.seal(self.base.folder)
@@ -286,13 +266,47 @@ class Run:
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
         for entry in losses:
             self._log("loss", entry)
-        return {"trainable_params": patch.trainable_params, "steps": count, "loss": losses[-1]["loss"]}
+        return {"trainable_params": patch.trainable_params, "steps": data.count, "loss": losses[-1]["loss"]}
 
-    def _whitening(self, modules: list[str], harmful: list[Example], benign: list[Example]) -> dict[str, torch.Tensor]:
+    def fit(
+        self,
+        model: PeftModel | PreTrainedModel,
+        data: TrainingData,
+        checkpoints: Path,
+        *,
+        learning_rate: float,
+        **how: Any,
+    ) -> list[dict[str, float]]:
+        """Train what is trainable of a model by the run's losses and steps; `how` as for `train_deltas`."""
+        import torch
+
+        from nest_rs.train import train_deltas
+
+        config = self.config
+        with track("train", total=data.count, unit="steps") as advance:
+            return train_deltas(
+                model,
+                self.tokenizer,
+                data.steps,
+                output_dir=str(checkpoints),
+                learning_rate=learning_rate,
+                benign_loss=config.benign_loss,
+                benign_weight=config.benign_weight,
+                accumulate=data.parts,
+                first_weight=config.first_weight,
+                margin_weight=config.margin_weight,
+                seed=config.seed,
+                bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,
+                resume=config.resume and any(checkpoints.glob("checkpoint-*")),
+                progress=advance,
+                **how,
+            )
+
+    def _whitening(self, modules: list[str], data: TrainingData) -> dict[str, torch.Tensor]:
         from nest_rs.whiten import whitenings
 
         rng = random.Random(self.config.seed)
-        asked = [rng.sample(items, min(len(items), _MOMENT_PROMPTS // 2)) for items in (harmful, benign)]
+        asked = [rng.sample(items, min(len(items), _MOMENT_PROMPTS // 2)) for items in (data.harmful, data.benign)]
         return whitenings(
             self.model,
             [site for site in find_sites(self.model) if site.module in modules],
@@ -424,10 +438,16 @@ class Run:
             file.write(json.dumps({"time": round(time.time(), 3), "event": event, **values}) + "\n")
 
 
+def _link(source: str, target: str) -> None:
+    """Activations are large and never rewritten in place: the same file under a second name, where the disk can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def environment() -> dict[str, Any]:
     """What a run was made with."""
-    import os
-
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -2,29 +2,102 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from nest_rs.config import TuneConfig
 from nest_rs.errors import NestError
 from nest_rs.evaluate.generate import Answer, decode
 from nest_rs.evaluate.judge import is_apology, is_refusal
 from nest_rs.files import replacing
 from nest_rs.models import Base, cache_dir, head_makes_logits
-from nest_rs.processes import is_main, wait
+from nest_rs.processes import is_main, share, wait
 from nest_rs.prompts import Prompt, encode, fitting, refusals, render
-from nest_rs.train import Example
+from nest_rs.train import Example, Steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a model is to learn.
+
+    Attributes:
+        harmful: Harmful requests with refusals.
+        benign: Harmless requests with helpful answers.
+        steps: Both, in the steps of a run (or the parts of them).
+        count: The number of optimizer steps.
+    """
+
+    harmful: list[Example]
+    benign: list[Example]
+    steps: Steps
+    count: int
+
+    @property
+    def parts(self) -> int:
+        """The parts that a step is computed in."""
+        return len(self.steps) // self.count
+
+    def shortened(self, share: float) -> TrainingData:
+        """The first steps alone, as for a trial."""
+        count = max(1, round(share * self.count))
+        steps = copy.copy(self.steps)
+        steps.steps = self.steps.steps[: count * self.parts]
+        return replace(self, steps=steps, count=count)
+
+
+def training_data(
+    config: TuneConfig,
+    base: Base,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+) -> TrainingData:
+    """The examples and steps that a configuration asks for; the base answers harmless requests without a response."""
+    train = [item for item in prompts if item.split == "train"]
+    room = int(model.config.get_text_config().max_position_embeddings) - config.answer_tokens
+    refused = [item for item in train if item.kind == "harmful"]
+    harmful = refusal_examples(tokenizer, refused, room=room, seed=config.seed)
+    half = config.batch_size // 2
+    count = math.ceil(config.epochs * len(harmful) / half)
+    harmless = [item for item in train if item.kind != "harmful"]
+    chosen = choose_benign(harmless, count * half, config.twin_share, config.seed)
+    asked = [item for item in chosen if item.response is None]
+    answers = own_answers(
+        base, model, tokenizer, asked, max_new_tokens=config.answer_tokens, batch_size=config.eval_batch_size
+    )
+    told = [item for item in chosen if item.response is not None]
+    known = dict(zip((item.id for item in asked), answers, strict=True))
+    known |= zip(
+        (item.id for item in told), given_answers(tokenizer, [str(item.response) for item in told]), strict=True
+    )
+    benign = helpful_examples(
+        tokenizer, chosen, [known[item.id] for item in chosen], room=room, max_tokens=config.answer_tokens
+    )
+    parts = math.lcm(config.accumulate, share()[1])  # every process has as many
+    steps = Steps(
+        harmful,
+        benign,
+        batch_size=config.batch_size // parts,
+        steps=count * parts,
+        seed=config.seed,
+        pad=tokenizer.pad_token_id,
+    )
+    return TrainingData(harmful, benign, steps, count)
 
 
 def own_answers(

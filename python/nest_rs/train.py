@@ -22,7 +22,7 @@ from nest_rs.whiten import WhitenedAdamW
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -140,13 +140,24 @@ def answer_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def base_logits(model: PeftModel, batch: Batch) -> torch.Tensor:
-    """The base's logits of the harmless answers' tokens, [tokens, vocabulary]."""
+def base_logits(
+    model: PeftModel | PreTrainedModel, batch: Batch, reference: PreTrainedModel | None = None
+) -> torch.Tensor:
+    """The base's logits of the harmless answers' tokens, [tokens, vocabulary].
+
+    Args:
+        model: The model in training; without its adapter it is the base.
+        batch: A step.
+        reference: The base, where the model's own weights are trained and no adapter can be taken off.
+    """
     if "states" in batch:
-        logits: torch.Tensor = model.get_base_model().get_output_embeddings()(batch["states"])
+        base = model.get_base_model() if reference is None else reference
+        logits: torch.Tensor = base.get_output_embeddings()(batch["states"])
         return logits
     benign = ~batch["refuse"]
     rows = {name: batch[name][benign] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    if reference is not None:
+        return answer_logits(reference, {**rows, "prefix": batch["prefix"]})[rows["labels"] != IGNORED]
     with model.disable_adapter():
         return answer_logits(model, {**rows, "prefix": batch["prefix"]})[rows["labels"] != IGNORED]
 
@@ -213,7 +224,7 @@ def margin_loss(logits: torch.Tensor, own: torch.Tensor, refusing: torch.Tensor)
 
 
 def train_deltas(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     steps: Steps,
     *,
@@ -227,13 +238,15 @@ def train_deltas(
     margin_weight: float = 0.0,
     whitening: Mapping[str, torch.Tensor] | None = None,
     bf16: bool = False,
+    reference: PreTrainedModel | None = None,
+    save: bool = True,
     resume: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[dict[str, float]]:
-    """Train the adapter in place.
+    """Train the adapter, or whatever else of the model asks for gradients, in place.
 
     Args:
-        model: A PEFT model with a `NestConfig` adapter.
+        model: A PEFT model, most often with a `NestConfig` adapter; or a plain one with a `reference`.
         tokenizer: Its tokenizer, for the padding token.
         steps: What to train on; each item is one step, or one of the parts of a step.
         output_dir: Where the trainer may write checkpoints.
@@ -246,6 +259,8 @@ def train_deltas(
         margin_weight: Weight of `margin_loss`.
         whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
         bf16: Autocast to bfloat16 (a model already in bfloat16 needs none).
+        reference: See `base_logits`.
+        save: Write checkpoints.
         resume: Go on from the last checkpoint in `output_dir`.
         progress: Called with 1 after each step.
 
@@ -265,7 +280,7 @@ def train_deltas(
             loss = sft_loss(logits[refuse], labels[refuse], first_weight)
             if benign_loss == "kl":
                 with torch.no_grad():
-                    base = base_logits(self.accelerator.unwrap_model(model), inputs)
+                    base = base_logits(self.accelerator.unwrap_model(model), inputs, reference)
                 keep = kl_loss(logits[~refuse], base, labels[~refuse], first_weight)
             else:
                 keep = sft_loss(logits[~refuse], labels[~refuse], first_weight)
@@ -306,7 +321,7 @@ def train_deltas(
         use_cpu=model.device.type == "cpu",
         logging_steps=min(5, count),
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if save else "no",
         save_steps=max(1, count // 4),
         save_total_limit=1,
         report_to=[],

@@ -1,0 +1,1 @@
+"""NeST beside what else could be done: same data, same number of steps, same evaluation, one table."""
