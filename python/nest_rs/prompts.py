@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["harmful", "twin", "benign"]
 Split = Literal["train", "validation", "test"]
+Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Prompt:
 class Message(TypedDict):
     """One turn of a conversation, as chat templates take it."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 
