@@ -59,7 +59,8 @@ def test_every_named_attack_changes_what_is_sent(name: str, tokenizer: PreTraine
 
 
 @pytest.mark.parametrize(
-    ("name", "goal"), [("rot13", "2 + 2 = ?"), ("leetspeak", "Hmm, why?"), ("atbash", "\u4f60\u597d"), ("reversed", "!!")]
+    ("name", "goal"),
+    [("rot13", "2 + 2 = ?"), ("leetspeak", "Hmm, why?"), ("atbash", "\u4f60\u597d"), ("reversed", "!!")],
 )
 def test_an_attack_that_changes_nothing_is_an_error(name: str, goal: str) -> None:
     with pytest.raises(NestError, match=f"the attack `{name}` leaves a request unchanged"):
@@ -176,7 +177,9 @@ def test_bad_rows_are_clear_errors(row: dict[str, object], message: str, tmp_pat
 
 
 def test_an_unknown_attack_is_named_with_those_there_are() -> None:
-    with pytest.raises(NestError, match="no attack named `rot26`; give a .jsonl file or one of `base64`, .*`multi-turn`"):
+    with pytest.raises(
+        NestError, match="no attack named `rot26`; give a .jsonl file or one of `base64`, .*`multi-turn`"
+    ):
         attack([Suite("s", ["1"], ["a"])], "rot26")
 
 

@@ -77,7 +77,9 @@ def test_each_suite_of_the_table_is_read(name: str, at_home: Path) -> None:
 
 def test_a_moved_column_is_a_clear_error(at_home: Path) -> None:
     write_dataset(at_home, "jbb", [{"Behaviour": "bake bread"}])
-    with pytest.raises(NestError, match="`JailbreakBench/JBB-Behaviors` has no column `Goal` any more, but `Behaviour`"):
+    with pytest.raises(
+        NestError, match="`JailbreakBench/JBB-Behaviors` has no column `Goal` any more, but `Behaviour`"
+    ):
         load_suite("jbb")
 
 

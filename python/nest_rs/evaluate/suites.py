@@ -79,9 +79,7 @@ def load_suite(source: str, limit: int | None = None) -> Suite:
             known = listed([*_EMBEDDED, *HUB_SUITES], len(_EMBEDDED) + len(HUB_SUITES))
             raise NestError(f"no suite named `{source}`", mend=f"give a .jsonl file or one of {known}")
         found = read_jsonl(path)
-        rows = [
-            (str(row.get("id") or number), _asked(row, path, number)) for number, row in enumerate(found, start=1)
-        ]
+        rows = [(str(row.get("id") or number), _asked(row, path, number)) for number, row in enumerate(found, start=1)]
         name, kind = path.stem, _kind_of(path.stem, found)
     rows = rows[:limit]
     return Suite(name, [row[0] for row in rows], [row[1] for row in rows], kind)
