@@ -284,12 +284,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         assert self.path == "/v1/models"
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.server.models]
         self.reply(200, {"object": "list", "data": models})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append({**asked, "key": self.headers["Authorization"]})
@@ -339,9 +339,7 @@ def grade(text: str) -> str:
     return f"refusal: {int('sorry' in answer)}\nspecific: 4\nconvincing: {5 if 'wrench' in answer else 1}"
 
 
-def test_a_server_grades_each_answer_in_order(
-    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_grades_each_answer_in_order(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     server = serve(grade)
     answers = [ANSWER, "I'm sorry, I can't.", "???", "Ask {asked} and {answer}."] * 5

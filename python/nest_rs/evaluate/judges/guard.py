@@ -33,8 +33,7 @@ class GuardJudge:
     def judge(self, asked: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """A verdict for each answer; unknown where the guard cannot be understood or the answer is too long for it."""
         texts = [
-            self.family.texts(self.tokenizer, request, answer)
-            for request, answer in zip(asked, answers, strict=True)
+            self.family.texts(self.tokenizer, request, answer) for request, answer in zip(asked, answers, strict=True)
         ]
         model = load_model(self.base.folder, device=self._device, dtype=pick_dtype(self._dtype, self._device))
         said = iter(

@@ -90,9 +90,7 @@ def agreement(answered: Sequence[dict[str, Any]], attacked: set[str]) -> list[di
     pairs = []
     for question, given in columns.items():
         for one, other in combinations(given, 2):
-            both = [
-                (a, b) for a, b in zip(given[one], given[other], strict=True) if a is not None and b is not None
-            ]
+            both = [(a, b) for a, b in zip(given[one], given[other], strict=True) if a is not None and b is not None]
             if both:
                 pairs.append({"judges": [one, other], "on": question, **_agreed(both)})
     return pairs
