@@ -178,7 +178,7 @@ def test_bad_rows_are_clear_errors(row: dict[str, object], message: str, tmp_pat
 
 def test_an_unknown_attack_is_named_with_those_there_are() -> None:
     with pytest.raises(
-        NestError, match="no attack named `rot26`; give a .jsonl file or one of `base64`, .*`multi-turn`"
+        NestError, match=r"no attack named `rot26`; give a .jsonl file or one of `base64`, .*`multi-turn`"
     ):
         attack([Suite("s", ["1"], ["a"])], "rot26")
 

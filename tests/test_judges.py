@@ -364,7 +364,7 @@ def test_a_named_model_is_asked_without_the_list(serve: Callable[..., Server]) -
 
 def test_a_failing_server_is_one_clear_line(serve: Callable[..., Server]) -> None:
     server = serve(lambda _: 404)
-    with pytest.raises(NestError, match="the judge at `http.*/v1` cannot be asked .*no such model"):
+    with pytest.raises(NestError, match=r"the judge at `http.*/v1` cannot be asked .*no such model"):
         endpoint(server.url).judge([ASKED] * 3, [ANSWER] * 3)
 
 

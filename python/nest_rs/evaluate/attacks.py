@@ -10,9 +10,9 @@ By name (`ATTACKS`), or from a .jsonl file whose rows hold one of
 each with an optional `prefill`, the opening of the answer. An attack that leaves a request as it was is an error: its
 success rate would be the plain one's under another name.
 
-Sources of the named ones: Wei et al. 2023, *Jailbroken* (base64, leetspeak, prefix injection, refusal suppression); Yuan
-et al. 2023, *CipherChat* (ciphers); Andriushchenko et al. 2024 (prefilled answers); Russinovich et al. 2024, *Crescendo*
-(several turns). All wording is ours.
+Sources of the named ones: Wei et al. 2023, *Jailbroken* (base64, leetspeak, prefix injection, refusal suppression);
+Yuan et al. 2023, *CipherChat* (ciphers); Andriushchenko et al. 2024 (prefilled answers); Russinovich et al. 2024,
+*Crescendo* (several turns). All wording is ours.
 """
 
 from __future__ import annotations

@@ -80,40 +80,37 @@ class Gate:
         found = _FORM.fullmatch(text)
         if not found:
             raise NestError(f"cannot read the gate `{text}`", mend=_SAY)
-        number = float(found["number"])
-        gate = cls(
-            text, found["metric"], found["op"], -number if found["sign"] == "-" else number, found["unit"],
-            bool(found["sign"]),
-        )  # fmt: skip
+        number = float(f"{found['sign']}{found['number']}")
+        gate = cls(text, found["metric"], found["op"], number, found["unit"], bool(found["sign"]))
         if gate.unit == "pp" and not gate.relative:
             raise NestError(f"the gate `{text}` has points without a sign", mend="write +2pp against a baseline, or 2%")
         return gate
 
-    def limit(self, metric: Metric, baseline: Metric | None) -> float | None:
-        """The limit in the figure's own measure; None if the baseline has none.
-
-        Raises:
-            NestError: a unit that does not fit the figure.
-        """
-        self.check_unit(metric.share)
-        if not self.relative:
-            return self.number / 100 if self.unit == "%" else self.number
-        if baseline is None or baseline.value is None:
-            return None
-        if self.unit == "%":
-            return baseline.value * (1 + self.number / 100)
-        return baseline.value + (self.number / 100 if self.unit == "pp" else self.number)
-
     def check_unit(self, share: bool) -> None:
-        """Refuse units that say something else than they seem to.
+        """Refuse limits that say something else than they seem to.
 
         Raises:
-            NestError: relative per cent of a rate, or points of what is no rate.
+            NestError: relative per cent or a plain number above 1 of a rate; points or plain per cent of another figure.
         """
         if share and self.relative and self.unit == "%":
             raise NestError(f"the gate `{self.text}` is ambiguous for a rate", mend="write +2pp for percentage points")
+        if share and not self.unit and abs(self.number) > 1:
+            raise NestError(f"the gate `{self.text}` has no unit, and a rate ends at 1", mend="write 5% or +2pp")
         if not share and (self.unit == "pp" or (self.unit == "%" and not self.relative)):
             raise NestError(f"the gate `{self.text}` has the unit of a rate", mend="write a plain number, or +2%")
+
+    def limit(self, baseline: Metric | None) -> float | None:
+        """The limit in the figure's own measure; None if it is relative and the baseline has no such figure."""
+        step = self.number / 100 if self.unit else self.number
+        if not self.relative:
+            return step
+        if baseline is None or baseline.value is None:
+            return None
+        return baseline.value * (1 + step) if self.unit == "%" else baseline.value + step
+
+    def holds(self, value: float, limit: float) -> bool:
+        """Whether the figure is past its limit; what differs by rounding alone is equal."""
+        return bool(_OPERATORS[self.op](round(value, 9), round(limit, 9)))
 
 
 def check_gates(gates: Iterable[Gate], metrics: dict[str, bool]) -> None:
@@ -177,7 +174,9 @@ def measured(results: dict[str, Any], suites: Sequence[Suite]) -> dict[str, Metr
             hits = {name: (judged[name]["harmful"], judged[name]["n"]) for name in chosen if name in judged}
             found |= _shares(metric, f"@{judge}", hits, whole=len(hits) == len(chosen))
     for name, row in results.items():
-        found |= {name: Metric(row[key], key == "accuracy") for key in ("accuracy", "perplexity", "kl") if key in row}
+        for key in ("accuracy", "perplexity", "kl"):
+            if key in row:
+                found[name] = Metric(row[key], share=key == "accuracy")
     return found
 
 
@@ -211,8 +210,8 @@ def apply_gates(gates: Sequence[Gate], metrics: dict[str, Metric], baseline: dic
     tried = []
     for gate in gates:
         metric, before = metrics[gate.metric], baseline.get(gate.metric)
-        limit = gate.limit(metric, before)
-        failed = metric.value is None or limit is None or _OPERATORS[gate.op](metric.value, limit)
+        limit = gate.limit(before)
+        failed = metric.value is None or limit is None or gate.holds(metric.value, limit)
         against = f", baseline {before or 'not measured'}" if gate.relative else ""
         line = f"gate failed: {gate.text}: {gate.metric} is {metric}{against}" if failed else None
         tried.append({"gate": gate.text, "value": metric.value, "limit": limit, "failed": failed, "line": line})

@@ -38,8 +38,8 @@ def gsm8k_accuracy(
 ) -> dict[str, Any]:
     """Exact match of the final number (Cobbe et al. 2021), zero-shot in the chat format, greedy.
 
-    Rows hold `question` and `answer`, whose number stands behind `####` or last. A question that does not fit the context
-    counts as wrong.
+    Rows hold `question` and `answer`, whose number stands behind `####` or last. A question that does not fit the
+    context counts as wrong.
 
     Returns:
         `n`, `accuracy` and `ci95` (Wilson).

@@ -43,8 +43,8 @@ def evaluate_refusal(
 ) -> dict[str, dict[str, Any]]:
     """Answer all suites greedily and judge each answer by its start.
 
-    Writes `results.json` and `samples.jsonl` (every request, answer and verdict) under `out`. Of an answer whose opening
-    was given, only what the model wrote itself is judged.
+    Writes `results.json` and `samples.jsonl` (every request, answer and verdict) under `out`. Of an answer whose
+    opening was given, only what the model wrote itself is judged.
 
     Returns:
         By suite: `n` (judged), `refused`, `rate`, `ci95`; a prompt longer than the context is not judged.

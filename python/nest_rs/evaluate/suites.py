@@ -1,9 +1,9 @@
 """Named sets of requests to judge a model on: the embedded ones, local files, and the public ones of the hub.
 
-A suite's kind says what a refusal in it means. It is the embedded set's, the hub table's, or a file's: the `kind` column
-where all rows agree (`twin` counts as benign), else a word in its name (harmful, unsafe, toxic, attack; benign, harmless,
-safe), else a hub suite that the name starts with (`harmbench_test.jsonl` is harmful as `harmbench` is). Attack success
-is counted on harmful suites, over-refusal on benign ones; a suite without a kind counts for neither.
+A suite's kind says what a refusal in it means. It is the embedded set's, the hub table's, or a file's: the `kind`
+column where all rows agree (`twin` counts as benign), else a word in its name (harmful, unsafe, toxic, attack; benign,
+harmless, safe), else a hub suite that the name starts with (`harmbench_test.jsonl` is harmful as `harmbench` is).
+Attack success is counted on harmful suites, over-refusal on benign ones; a suite without a kind counts for neither.
 """
 
 from __future__ import annotations

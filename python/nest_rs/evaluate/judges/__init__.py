@@ -1,8 +1,8 @@
 """Judges of answers beside the refusal judge: guard models, and any OpenAI-compatible server.
 
 `--judge guard:MODEL` loads a guard model (its family is told by its name, see `families`); `--judge endpoint:URL` or
-`endpoint:URL#MODEL` asks a server with a rubric. A judge reads the plain request, not the attack around it, and the whole
-answer, an opening it was given included.
+`endpoint:URL#MODEL` asks a server with a rubric. A judge reads the plain request, not the attack around it, and the
+whole answer, an opening it was given included.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Judge(Protocol):
 def load_judges(names: Sequence[str], *, device: str, dtype: str, batch_size: int) -> list[Judge]:
     """The judges that are asked beside the refusal judge, which always is.
 
-    Guards are found (and fetched) and servers are called here, so that a wrong name fails early; weights are loaded when
-    a guard first judges.
+    Guards are found (and fetched) and servers are called here, so that a wrong name fails early; weights are loaded
+    when a guard first judges.
 
     Raises:
         NestError: an unknown judge, a model that cannot be had, or a server that does not answer.

@@ -25,10 +25,10 @@ def judge_answers(judges: Sequence[Judge], suites: Sequence[Suite], out: Path) -
         out: A folder filled by `evaluate_refusal`.
 
     Returns:
-        By judge and suite `n` (verdicts that could be read), `harmful`, `rate`, `ci95`, `unknown` (those that could not),
-        and with a scale the mean `score`; and `agreement`, see `agreement`.
+        By judge and suite `n` (verdicts that could be read), `harmful`, `rate`, `ci95`, `unknown` (those that could
+        not), and with a scale the mean `score`; and `agreement`, see `agreement`.
     """
-    samples = [row for row in read_jsonl(out / "samples.jsonl")]
+    samples = read_jsonl(out / "samples.jsonl")
     answered = [row for row in samples if row["answer"] is not None]
     asked = [row.get("goal", row["prompt"]) for row in answered]
     answers = [f"{row['prefill']} {row['answer']}" if "prefill" in row else row["answer"] for row in answered]
@@ -77,8 +77,8 @@ def agreement(answered: Sequence[dict[str, Any]], attacked: set[str]) -> list[di
         attacked: Suites whose requests should be refused.
 
     Returns:
-        For each pair and question `n`, `agreement` (the share of equal verdicts), its Wilson `ci95`, and Cohen's `kappa`
-        (None where one verdict is all that was given).
+        For each pair and question `n`, `agreement` (the share of equal verdicts), its Wilson `ci95`, and Cohen's
+        `kappa` (None where one verdict is all that was given).
     """
     columns: dict[str, dict[str, list[bool | None]]] = {"success": {}, "refused": {}}
     harmful = [row for row in answered if row["suite"] in attacked]
