@@ -147,7 +147,9 @@ def test_bad_gates_are_clear_errors(text: str, message: str) -> None:
 
 
 def test_a_gate_without_a_suite_of_its_kind_says_how_kinds_are_told() -> None:
-    with pytest.raises(NestError, match=r"nothing is measured; a suite counts as harmful or benign by its `kind` column"):
+    with pytest.raises(
+        NestError, match=r"nothing is measured; a suite counts as harmful or benign by its `kind` column"
+    ):
         check_gates([Gate.parse("asr>5%")], expected([Suite("odd", ["1"], ["x"])], [], {}))
 
 

@@ -56,7 +56,9 @@ def test_arithmetic_counts_exact_numbers(
     questions = [f"What is {number} and {number}?" for number in range(8)]
     shapeless = write_lines(tmp_path / "probe.jsonl", *({"question": q, "answer": "#### 1"} for q in questions))
     seen: list[float | None] = []
-    prompts = [f"{q}\n\nThink step by step. End with a line that holds #### and the answer as a number." for q in questions]
+    prompts = [
+        f"{q}\n\nThink step by step. End with a line that holds #### and the answer as a number." for q in questions
+    ]
     for answer in generate(tiny_model, tokenizer, prompts, max_new_tokens=40):
         seen.append(final_number(answer or ""))
     rows = [
@@ -188,5 +190,5 @@ def test_the_harness_scores_as_we_do(
 
 def test_an_unknown_task_is_a_clear_error() -> None:
     pytest.importorskip("lm_eval")
-    with pytest.raises(NestError, match=r"lm-eval cannot load `no_such_task` \(.*no_such_task.*\); see"):
-        Harness(["no_such_task"])
+    with pytest.raises(NestError, match=r"lm-eval cannot load `no_such_task.yaml` \(.*no_such_task.*\); see"):
+        Harness(["no_such_task.yaml"])

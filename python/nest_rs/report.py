@@ -31,7 +31,7 @@ def judged(results: dict[str, Any]) -> list[str]:
     """The results of `eval`, a line a figure."""
     beside = ("judges", "lm_eval", "gates")
     lines = [
-        f"{name}: {percent(found) + ' refused' if 'refused' in found else _listed(found)}"
+        f"{name}: {percent(found) if 'refused' in found else _listed(found)}"
         for name, found in results.items()
         if name not in beside
     ]

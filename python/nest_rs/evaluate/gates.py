@@ -90,7 +90,8 @@ class Gate:
         """Refuse limits that say something else than they seem to.
 
         Raises:
-            NestError: relative per cent or a plain number above 1 of a rate; points or plain per cent of another figure.
+            NestError: per cent with a sign or a plain number above 1 for a rate; points or plain per cent for another
+                figure.
         """
         if share and self.relative and self.unit == "%":
             raise NestError(f"the gate `{self.text}` is ambiguous for a rate", mend="write +2pp for percentage points")
