@@ -141,7 +141,9 @@ class Eval(Command):
         is_run = (Path(self.model) / "config.yaml").is_file()
         if is_run and not self.model_fields_set & _BEYOND_A_RUN:
             return self._judge_run(gates)
-        plain = load_suites(self.suite or ([] if self.utility or self.lm_eval else list(BUILTIN_SUITES)), self.limit)
+        no_answers = self.utility or self.lm_eval or self.kl_to
+        asked = self.suite or ([] if no_answers and not self.attacks else list(BUILTIN_SUITES))
+        plain = load_suites(asked, self.limit)
         judges = load_judges(self.judge, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
         plan = Evaluation(
             suites=[*plain, *(suite for source in self.attacks for suite in attack(plain, source))],

@@ -41,7 +41,7 @@ class Evaluation:
         dtype: See `nest_rs.models.pick_dtype`.
 
     Raises:
-        NestError: two results would have one name, or a utility file cannot be scored.
+        NestError: two results would have one name, judges have no answers to judge, or a utility file cannot be scored.
     """
 
     suites: Sequence[Suite] = ()
@@ -57,6 +57,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_utility(self.utility)
+        if self.judges and not self.suites:
+            raise NestError(f"nothing is answered that `{self.judges[0].name}` could judge", mend="name a --suite")
         names = [*_RESERVED, *(suite.name for suite in self.suites), *(path.stem for path in self.utility)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
