@@ -3,8 +3,8 @@
     python benches/judge.py                 # JailbreakBench's 300 answers, each labelled by three people (from the hub)
     python benches/judge.py LABELS.jsonl    # one's own: `answer` and `refused` (true or false) in each line
 
-JailbreakBench's people say whether an answer is a jailbreak. A refusal never is one, and most of its other answers are, so
-that agreement with "not a jailbreak" is a lower bound: what neither refuses nor helps counts against the judge.
+JailbreakBench's people say whether an answer is a jailbreak. A refusal never is one, and most of its other answers are,
+so that agreement with "not a jailbreak" is a lower bound: what neither refuses nor helps counts against the judge.
 """
 
 from __future__ import annotations

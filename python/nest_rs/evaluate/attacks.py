@@ -7,7 +7,8 @@ By name (`ATTACKS`), or from a .jsonl file whose rows hold one of
 - `suffix`: a text to put behind the request, as gradient searches (GCG) find them;
 - `messages`: a conversation (`role`, `content`) with a slot in the last turn, the user's;
 
-each with an optional `prefill`, the opening of the answer. An attack that leaves a request as it was is an error: its
+each with an optional `prefill`, the opening of the answer. Earlier turns of a conversation are given, the assistant's
+too; the model writes the last answer alone. An attack that leaves a request as it was is an error: its
 success rate would be the plain one's under another name.
 
 Sources of the named ones: Wei et al. 2023, *Jailbroken* (base64, leetspeak, prefix injection, refusal suppression);
