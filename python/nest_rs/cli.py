@@ -98,7 +98,10 @@ Merge = _with_settings("Merge", _Stage, "Fold a run's patch into a copy of its b
 
 
 class Eval(Command):
-    """Judge a model on suites; for a run folder without --suite, its base and merged model on the run's suites."""
+    """Judge a model on suites; for a run folder without --suite, its base and merged model on the run's suites.
+
+    A suite counts as harmful or benign by the `kind` column of its file, or by its name. Exit status 3: a gate failed.
+    """
 
     model: CliPositionalArg[str] = Field("smollm2-135m", description="model, merged folder or run folder")
     suite: list[str] = Field([], description=".jsonl files (`prompt` in each line) or names, such as harmbench")
