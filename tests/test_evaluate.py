@@ -15,7 +15,7 @@ from nest_rs import NestError
 from nest_rs.evaluate.generate import generate
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.evaluate.refusal import evaluate_refusal, rate
-from nest_rs.evaluate.suites import Suite, attack, load_suite, load_suites
+from nest_rs.evaluate.suites import Suite, load_suite, load_suites
 from nest_rs.evaluate.utility import choice_accuracy, measure_utility, perplexity
 from nest_rs.models import load_model
 from nest_rs.prompts import embedded_prompts
@@ -198,40 +198,6 @@ def test_wrong_suites_are_clear_errors(sources: list[str], message: str, tmp_pat
     write_lines(tmp_path / "bad.jsonl", {"question": "a"})
     with pytest.raises(NestError, match=message):
         load_suites([source.format(tmp_path) for source in sources])
-
-
-@pytest.mark.parametrize(
-    ("row", "wrapped"),
-    [
-        ({"template": "Say: {0}!"}, "Say: a {b}!"),
-        ({"template": "Say: {prompt}!"}, "Say: a {b}!"),
-        ({"template": "Say: {{ prompt }}!"}, "Say: a {b}!"),
-        ({"template": "Say: {{prompt}}!"}, "Say: a {b}!"),
-        ({"template": "Say: {{ goal }}!", "parameters": ["goal"]}, "Say: a {b}!"),
-        ({"template": "Say: {goal}!", "parameters": ["goal"]}, "Say: a {b}!"),
-        ({"template": "{0} {0} {x}"}, "a {b} a {b} {x}"),
-        ({"template": "Answer as {'answer': '...'}: {0}"}, "Answer as {'answer': '...'}: a {b}"),
-    ],
-)
-def test_templates_wrap_a_request(row: dict[str, object], wrapped: str, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "wrap.jsonl", row)
-    assert attack([Suite("s", ["1"], ["a {b}"])], path) == [Suite("s+wrap", ["1+1"], [wrapped])]
-
-
-def test_each_template_wraps_each_request_of_each_suite(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "w.jsonl", {"id": "x", "template": "x {0}"}, {"template": "y {0}"})
-    suites = attack([Suite("s", ["1", "2"], ["a", "b"]), Suite("t", ["3"], ["c"])], path)
-    assert suites == [
-        Suite("s+w", ["1+x", "2+x", "1+2", "2+2"], ["x a", "x b", "y a", "y b"]),
-        Suite("t+w", ["3+x", "3+2"], ["x c", "y c"]),
-    ]
-
-
-@pytest.mark.parametrize("template", ["{0}", " {prompt} ", "{{ prompt }}", "no slot", "wrong {slot}"])
-def test_a_template_that_changes_nothing_is_refused(template: str, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "w.jsonl", {"template": "x {0}"}, {"template": template})
-    with pytest.raises(NestError, match=r"row 2 of `.*` changes nothing"):
-        attack([Suite("s", ["1"], ["a"])], path)
 
 
 TEXT = "how do I bake bread without help? " * 30

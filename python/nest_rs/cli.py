@@ -6,8 +6,9 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, CliSubCommand, SettingsConfigDict, SettingsError
@@ -19,6 +20,10 @@ from nest_rs.errors import NestError
 from nest_rs.export import Precision
 from nest_rs.patch_commands import Apply, Inspect, Remove, Sign, Verify
 from nest_rs.processes import is_main
+
+if TYPE_CHECKING:
+    from nest_rs.evaluate.evaluation import Evaluation
+    from nest_rs.evaluate.gates import Gate, Metric
 
 
 def _with_settings(name: str, base: type[BaseModel], doc: str, *, leave_out: set[str]) -> type[Any]:
@@ -157,16 +162,29 @@ Compare = _with_settings(
 
 
 class Eval(Command):
-    """Judge a model on suites; for a run folder without --suite, its base and merged model on the run's suites."""
+    """Judge a model on suites; for a run folder without --suite, its base and merged model on the run's suites.
+
+    A suite counts as harmful or benign by the `kind` column of its file, or by its name. Exit status 3: a gate failed.
+    """
 
     model: CliPositionalArg[str] = Field("smollm2-135m", description="model, merged folder or run folder")
-    suite: list[str] = Field([], description=".jsonl files (`prompt` in each line) or names")
-    attacks: list[Path] = Field(
-        [], description=".jsonl templates to wrap each request in, judged beside the plain ones"
+    suite: list[str] = Field([], description=".jsonl files (`prompt` in each line) or names, such as harmbench")
+    attacks: list[str] = Field(
+        [], description="names, such as base64 or prefill, or .jsonl files; judged beside the plain requests"
     )
-    judge: str = Field("refusal", description="refusal: does the answer start by declining")
-    utility: list[Path] = Field([], description=".jsonl choice sets (accuracy) and .txt files (perplexity)")
-    max_new_tokens: int = Field(32, ge=1, description="tokens of an answer")
+    judge: list[str] = Field(
+        ["refusal"], description="refusal (always asked), guard:MODEL, endpoint:URL or endpoint:URL#MODEL"
+    )
+    utility: list[Path] = Field([], description=".jsonl choice or GSM8K sets (accuracy) and .txt files (perplexity)")
+    lm_eval: list[str] = Field([], description="tasks of lm-eval")
+    kl_to: str | None = Field(None, description="base to measure the divergence from, on benign requests")
+    fail_if: list[str] = Field(
+        [], description="gates, such as 'asr>5%' or 'over_refusal>+2pp'; exit status 3 if one holds"
+    )
+    baseline: str | None = Field(None, description="results .json, or a model, that relative gates compare with")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="tokens of an answer (32; 256 with a judge that reads the whole answer)"
+    )
     limit: int | None = Field(None, ge=1, description="first rows of each suite only")
     batch_size: int = Field(32, ge=0, description="answers decoded together; 0: as many as fit")
     backend: Literal["torch", "onnx", "vllm"] = Field("torch", description="what writes the answers")
@@ -179,64 +197,115 @@ class Eval(Command):
     def run(self) -> dict[str, Any]:
         import torch
 
-        from nest_rs.evaluate.backends import find_export, open_backend
-        from nest_rs.evaluate.refusal import evaluate_refusal
-        from nest_rs.evaluate.suites import BUILTIN_SUITES, attack, load_suites
-        from nest_rs.evaluate.utility import check_utility, measure_utility
-        from nest_rs.files import write_json
-        from nest_rs.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve
-        from nest_rs.run import Run
+        from nest_rs.evaluate.attacks import attack
+        from nest_rs.evaluate.backends import find_export
+        from nest_rs.evaluate.evaluation import Evaluation
+        from nest_rs.evaluate.gates import Gate, apply_gates, check_gates, expected, measured
+        from nest_rs.evaluate.harness import Harness
+        from nest_rs.evaluate.judges import load_judges
+        from nest_rs.evaluate.suites import BUILTIN_SUITES, load_suites
+        from nest_rs.models import resolve
 
-        if self.judge != "refusal":
-            raise NestError(f"no such judge: `{self.judge}`", mend="use refusal")
+        # Everything named is looked at before a model is loaded.
+        gates = [Gate.parse(text) for text in self.fail_if]
         is_run = (Path(self.model) / "config.yaml").is_file()
-        if is_run and not self.suite and not self.utility:
-            return {"run": self.model, **Run.open(Path(self.model)).stage("eval")}
-        # Everything named is looked at before the model is loaded.
-        suites = load_suites(self.suite or ([] if self.utility else list(BUILTIN_SUITES)), self.limit)
-        for path in self.attacks:
-            suites += attack(suites[: len(self.suite or BUILTIN_SUITES)], path)
-        check_utility(self.utility)
-        if self.backend != "torch" and self.utility:
-            raise NestError(f"`{self.backend}` writes answers only", mend="measure --utility with --backend torch")
+        if is_run and not self.model_fields_set & _BEYOND_A_RUN:
+            return self._judge_run(gates)
+        no_answers = self.utility or self.lm_eval or self.kl_to
+        asked = self.suite or ([] if no_answers and not self.attacks else list(BUILTIN_SUITES))
+        plain = load_suites(asked, self.limit)
+        judges = load_judges(self.judge, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
+        plan = Evaluation(
+            suites=[*plain, *(suite for source in self.attacks for suite in attack(plain, source))],
+            judges=judges,
+            utility=self.utility,
+            harness=Harness(self.lm_eval) if self.lm_eval else None,
+            kl_to=resolve(self.kl_to) if self.kl_to else None,
+            max_new_tokens=self.max_new_tokens or (256 if judges else 32),
+            limit=self.limit,
+            batch_size=self.batch_size,
+            device=self.device,
+            dtype=self.dtype,
+            backend=self.backend,
+            early=not (self.whole_answers or judges),
+        )
+        check_gates(gates, expected(plan.suites, [judge.name for judge in judges], plan.shares))
+        before = self._baseline(gates, plan)
         name = str(Path(self.model) / ("onnx" if self.backend == "onnx" else "merged")) if is_run else self.model
         base = find_export(Path(name)) if self.backend == "onnx" else resolve(name)
         if self.threads:
             torch.set_num_threads(self.threads)
-        device = pick_device(self.device)
-        dtype = pick_dtype(self.dtype, device)
-        model: Any
-        if self.backend == "torch":
-            model = load_model(base.folder, device=device, dtype=dtype)
-        else:
-            model = open_backend(self.backend, base.folder, dtype)
-        tokenizer = load_tokenizer(base.folder)
         out = self.out or Path("eval") / base.slug
-        results: dict[str, Any] = {}
-        if suites:
-            results = evaluate_refusal(
-                model,
-                tokenizer,
-                suites,
-                out,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
-                early=not self.whole_answers,
+        results = plan.run(base, out)
+        if gates:
+            compared = before(out / "baseline") if before else {}
+            results["gates"] = apply_gates(gates, measured(results, plan.suites), compared)
+        return results
+
+    def _judge_run(self, gates: list[Gate]) -> dict[str, Any]:
+        """A run's base and merged model on the run's suites; relative gates compare the two."""
+        from nest_rs.evaluate.gates import apply_gates, check_gates, expected, measured
+        from nest_rs.evaluate.suites import load_suites
+        from nest_rs.run import Run
+
+        run = Run.open(Path(self.model))
+        suites = load_suites(run.config.suite, run.config.limit)
+        check_gates(gates, expected(suites, [], {path.stem: path.suffix == ".jsonl" for path in run.config.utility}))
+        result = {"run": self.model, **run.stage("eval")}
+        if gates:
+            base, tuned = (
+                measured({**result["eval"][side], **result.get("utility", {}).get(side, {})}, suites)
+                for side in ("base", "tuned")
             )
-        utility = {path.stem: measure_utility(model, tokenizer, path, limit=self.limit) for path in self.utility}
-        if utility:
-            write_json(out / "utility.json", utility)
-        return {**results, **utility}
+            result["gates"] = apply_gates(gates, tuned, base)
+        return result
+
+    def _baseline(self, gates: list[Gate], plan: Evaluation) -> Callable[[Path], dict[str, Metric]] | None:
+        """What gives the figures that relative gates compare with, once there is a folder for a baseline's answers."""
+        from nest_rs.evaluate.gates import check_baseline, measured
+        from nest_rs.files import read_json
+        from nest_rs.models import resolve
+
+        relative = [gate for gate in gates if gate.relative]
+        if self.baseline is None:
+            if relative:
+                raise NestError(
+                    f"the gate `{relative[0].text}` compares with nothing", mend="pass --baseline RESULTS.json or MODEL"
+                )
+            return None
+        if not relative:
+            raise NestError(
+                f"no gate compares with the baseline `{self.baseline}`", mend="give one such as asr>+2pp to --fail-if"
+            )
+        path = Path(self.baseline)
+        if path.suffix == ".json":
+            beside = path.with_name("utility.json")
+            stored = {**read_json(path), **(read_json(beside) if beside.is_file() else {})}
+            found = measured(stored, plan.suites)
+            check_baseline(gates, found)
+            return lambda _: found
+        base = resolve(self.baseline)
+        return lambda out: measured(plan.run(base, out), plan.suites)
 
     def show(self, result: dict[str, Any]) -> None:
-        from nest_rs.report import percent
+        from nest_rs.report import judged
 
         if "eval" in result:
             _Settings.show(self, result)  # type: ignore[arg-type]
             return
-        for name, found in result.items():
-            text = percent(found) if "refused" in found else ", ".join(f"{key} {value}" for key, value in found.items())
-            print(f"{name}: {text}")
+        for line in judged(result):
+            print(line)
+
+    def status(self, result: dict[str, Any]) -> int:
+        """3 if a gate failed, each with its line on stderr."""
+        lines = [gate["line"] for gate in result.get("gates", []) if gate["failed"]]
+        for line in lines:
+            print(f"nest-rs: {line}", file=sys.stderr)
+        return 3 if lines else 0
+
+
+# Flags with which a run folder is judged as any model is, not by its own stage.
+_BEYOND_A_RUN = {"suite", "utility", "attacks", "judge", "kl_to", "lm_eval", "baseline"}
 
 
 class Export(Command):
@@ -340,7 +409,7 @@ class NestRs(BaseSettings):
 
 def _normalise(arguments: list[str]) -> list[str]:
     """Accept `--snake_case` flags, and several values after a list flag (`--suite A B`)."""
-    lists = {"--suite", "--utility", "--attacks", "--projections", "--depth"}
+    lists = {"--suite", "--utility", "--attacks", "--judge", "--lm-eval", "--fail-if", "--projections", "--depth"}
     lists |= {"--methods", "--seeds", "--benign", "--rates"}
     out: list[str] = []
     open_list = ""

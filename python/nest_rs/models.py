@@ -295,11 +295,11 @@ def head_makes_logits(model: PreTrainedModel) -> bool:
     return torch.equal(logits, made)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBase:
     """Load the folder's tokenizer, with a padding token if it has none.
 
     Raises:
-        NestError: there is no tokenizer, or it has no chat template.
+        NestError: there is no tokenizer, or, where `chat` is asked for, it has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -309,7 +309,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     except (ValueError, OSError, KeyError) as error:
         raise NestError(f"cannot load a tokenizer from `{folder}` ({str(error).splitlines()[0]})") from error
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise NestError(f"the tokenizer in `{folder}` has no chat template", mend="give an instruction-tuned model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

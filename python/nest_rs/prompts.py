@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from nest_rs.errors import NestError, listed
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["harmful", "twin", "benign"]
 Split = Literal["train", "validation", "test"]
+Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,38 @@ class Prompt:
     topic: str
     split: Split
     response: str | None = None
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that is more than one message of a user.
+
+    Attributes:
+        messages: The conversation; the last turn is the user's.
+        goal: What the user is after, in plain words: what a judge reads.
+        prefill: The opening of the answer that is put into the model's mouth.
+    """
+
+    messages: tuple[Message, ...]
+    goal: str
+    prefill: str = ""
+
+    @classmethod
+    def of(cls, asked: str | Request) -> Request:
+        """A plain request as a conversation of one message."""
+        return asked if isinstance(asked, Request) else cls(({"role": "user", "content": asked},), asked)
+
+    @property
+    def prompt(self) -> str:
+        """The user's last message."""
+        return self.messages[-1]["content"]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -147,12 +180,13 @@ def prompts_sha256(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The chat text up to where the model's answer begins. A thinking model is asked to answer directly."""
+def render(tokenizer: PreTrainedTokenizerBase, asked: str | Request) -> str:
+    """The chat text up to where the model's answer goes on. A thinking model is asked to answer directly."""
+    request = Request.of(asked)
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        list(request.messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
-    return str(text)
+    return f"{text}{request.prefill}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -27,6 +27,35 @@ def before_after(summary: dict[str, Any]) -> Table:
     return table
 
 
+def judged(results: dict[str, Any]) -> list[str]:
+    """The results of `eval`, a line a figure."""
+    beside = ("judges", "lm_eval", "gates")
+    lines = [
+        f"{name}: {percent(found) if 'refused' in found else _listed(found)}"
+        for name, found in results.items()
+        if name not in beside
+    ]
+    judges = {name: suites for name, suites in results.get("judges", {}).items() if name != "agreement"}
+    for judge, suites in judges.items():
+        for suite, found in suites.items():
+            score = f", mean score {found['score']}" if "score" in found else ""
+            lines.append(f"{suite}: {percent(found)} harmful{score}, {found['unknown']} unknown, says {judge}")
+    for pair in results.get("judges", {}).get("agreement", []):
+        kappa = "-" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+        first, second = pair["judges"]
+        lines.append(
+            f"{first} and {second} agree on {pair['on']}: "
+            f"{percent({**pair, 'rate': pair['agreement']})}, Cohen's kappa {kappa}"
+        )
+    lines += [f"{task}: {_listed(found)}" for task, found in results.get("lm_eval", {}).items()]
+    passed = [gate["gate"] for gate in results.get("gates", []) if not gate["failed"]]
+    return lines + [f"gate passed: {gate}" for gate in passed]
+
+
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found.items())
+
+
 def facts(summary: dict[str, Any]) -> list[str]:
     """The run in a few lines."""
     share = 100 * summary["trainable_params"] / summary["total_params"]

@@ -19,7 +19,7 @@ from nest_rs.compare.bench import Bench
 from nest_rs.compare.finetune import fine_tune
 from nest_rs.neurons import load_neurons
 from nest_rs.prefix import behind_prefix, budgeted
-from nest_rs.prompts import encode, refusals, render
+from nest_rs.prompts import Request, encode, refusals, render
 from nest_rs.sites import find_sites
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ def _without(model: PreTrainedModel, direction: torch.Tensor) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _last_states(bench: Bench, model: PreTrainedModel, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def _last_states(
+    bench: Bench, model: PreTrainedModel, prompts: Sequence[str | Request]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [layers + 1, n, d] and logits [n, vocabulary] at the last token of each prompt, float32."""
     ids = sorted(encode(bench.tokenizer, [render(bench.tokenizer, prompt) for prompt in prompts]), key=len)
     states, logits = [], []

@@ -14,7 +14,7 @@ from nest_rs.memory import halving
 from nest_rs.models import head_inputs
 from nest_rs.prefix import prefix_cache, repeated, shared_prefix
 from nest_rs.progress import track
-from nest_rs.prompts import encode, fitting, render
+from nest_rs.prompts import Request, encode, fitting, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class Answer:
 def generate(
     model: PreTrainedModel | Backend,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Request],
     *,
     max_new_tokens: int,
     batch_size: int = 32,
@@ -59,7 +59,8 @@ def generate(
         decided: Says of an answer's beginning whether no more of it is needed. A batch ends once all are decided.
 
     Returns:
-        An answer for each prompt, in order; None where the prompt does not fit the context.
+        An answer for each prompt, in order, without the opening it was given; None where the prompt does not fit the
+        context.
     """
     if isinstance(model, Backend):
         answers = answers_of(model, tokenizer, prompts, max_new_tokens=max_new_tokens, label=label)
@@ -74,6 +75,33 @@ def generate(
             states=False,
             decided=decided,
         )
+    return _texts(tokenizer, answers)
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    label: str = "generate",
+) -> list[str | None]:
+    """As `generate`, from texts in which the chat format, if any, already stands."""
+    answers = _decode(
+        model,
+        tokenizer,
+        texts,
+        [text[-40:] for text in texts],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        label=label,
+        states=False,
+    )
+    return _texts(tokenizer, answers)
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Answer | None]) -> list[str | None]:
     return [
         None if answer is None else str(tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
         for answer in answers
@@ -81,11 +109,16 @@ def generate(
 
 
 def answers_of(
-    backend: Backend, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_new_tokens: int, label: str
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Request],
+    *,
+    max_new_tokens: int,
+    label: str,
 ) -> list[Answer | None]:
     """As `decode`, by another engine; it makes its own batches."""
-    ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
-    kept = fitting(ids, [prompt[:40] for prompt in prompts], backend.context - max_new_tokens)
+    ids = encode(tokenizer, [render(tokenizer, asked) for asked in prompts])
+    kept = fitting(ids, [Request.of(asked).prompt[:40] for asked in prompts], backend.context - max_new_tokens)
     order = sorted(kept, key=lambda index: len(ids[index]))
     answers: list[Answer | None] = [None] * len(prompts)
     with track(label, total=len(order), unit="prompts") as advance:
@@ -98,7 +131,7 @@ def answers_of(
 def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Request],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -107,14 +140,39 @@ def decode(
     decided: Callable[[str], bool] | None = None,
 ) -> list[Answer | None]:
     """As `generate`, but token ids and, with `states`, the hidden states the head read them from."""
+    return _decode(
+        model,
+        tokenizer,
+        [render(tokenizer, asked) for asked in prompts],
+        [Request.of(asked).prompt[:40] for asked in prompts],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        label=label,
+        states=states,
+        decided=decided,
+    )
+
+
+def _decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    names: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str,
+    states: bool,
+    decided: Callable[[str], bool] | None = None,
+) -> list[Answer | None]:
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
+    ids = encode(tokenizer, texts)
     room = model.config.get_text_config().max_position_embeddings - max_new_tokens
-    kept = fitting(ids, [prompt[:40] for prompt in prompts], room)
+    kept = fitting(ids, names, room)
     lengths = [len(row) for row in ids]
     order = sorted(kept, key=lambda index: lengths[index])
-    answers: list[Answer | None] = [None] * len(prompts)
+    answers: list[Answer | None] = [None] * len(texts)
     if not kept:
         return answers
     stored = model.generation_config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from nest_rs.evaluate.early import verdict_stands
 from nest_rs.evaluate.generate import generate
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.evaluate.suites import Suite
-from nest_rs.files import replacing, write_json
+from nest_rs.files import write_json, write_jsonl
+from nest_rs.prompts import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,13 +47,14 @@ def evaluate_refusal(
 ) -> dict[str, dict[str, Any]]:
     """Answer all suites greedily and judge each answer by its start.
 
-    Writes `results.json` and `samples.jsonl` (every request, answer and verdict) under `out`. With `early`, a batch of
-    answers ends where no verdict can change any more: the same verdicts in less time, on shorter answers.
+    Writes `results.json` and `samples.jsonl` (every request, answer and verdict) under `out`. Of an answer whose
+    opening was given, only what the model wrote itself is judged. With `early`, a batch of answers ends where no
+    verdict can change any more: the same verdicts in less time, on shorter answers.
 
     Returns:
         By suite: `n` (judged), `refused`, `rate`, `ci95`; a prompt longer than the context is not judged.
     """
-    prompts = [prompt for suite in suites for prompt in suite.prompts]
+    prompts = [asked for suite in suites for asked in suite.prompts]
     answers = iter(
         generate(
             model,
@@ -69,16 +70,25 @@ def evaluate_refusal(
     samples = []
     for suite in suites:
         verdicts = []
-        for identity, prompt in zip(suite.ids, suite.prompts, strict=True):
+        for identity, asked in zip(suite.ids, suite.prompts, strict=True):
             answer = next(answers)
             refused = None if answer is None else is_refusal(answer)
             verdicts.append(refused)
             samples.append(
-                {"suite": suite.name, "id": identity, "prompt": prompt, "answer": answer, "refused": refused}
+                {"suite": suite.name, "id": identity, **_sent(Request.of(asked)), "answer": answer, "refused": refused}
             )
         judged = [verdict for verdict in verdicts if verdict is not None]
         results[suite.name] = rate(sum(judged), len(judged))
-    with replacing(out / "samples.jsonl") as scratch:
-        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples), encoding="utf-8")
+    write_jsonl(out / "samples.jsonl", samples)
     write_json(out / "results.json", results)
     return results
+
+
+def _sent(request: Request) -> dict[str, Any]:
+    """What a model was sent: the user's message, and what else there was."""
+    return {
+        "prompt": request.prompt,
+        **({"goal": request.goal} if request.goal != request.prompt else {}),
+        **({"messages": list(request.messages)} if len(request.messages) > 1 else {}),
+        **({"prefill": request.prefill} if request.prefill else {}),
+    }

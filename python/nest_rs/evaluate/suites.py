@@ -1,12 +1,24 @@
-"""Named sets of requests to judge a model on, and attacks to wrap them in."""
+"""Named sets of requests to judge a model on: the embedded ones, local files, and the public ones of the hub.
+
+A suite's kind says what a refusal in it means. It is the embedded set's, the hub table's, or a file's: the `kind`
+column where all rows agree (`twin` counts as benign), else a word in its name (harmful, unsafe, toxic, attack; benign,
+harmless, safe), else a hub suite that the name starts with (`harmbench_test.jsonl` is harmful as `harmbench` is).
+Attack success is counted on harmful suites, over-refusal on benign ones; a suite without a kind counts for neither.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from nest_rs.errors import NestError, listed
-from nest_rs.prompts import embedded_prompts, read_jsonl, text_field
+from nest_rs.evaluate.hub import HUB_SUITES, fetch
+from nest_rs.prompts import Request, embedded_prompts, read_jsonl, text_field
+
+SuiteKind = Literal["harmful", "benign"]
 
 # The embedded set's parts that no training sees. Name -> (kind, split).
 _EMBEDDED = {
@@ -15,38 +27,84 @@ _EMBEDDED = {
     for kind in ("harmful", "benign", "twin")
 }
 BUILTIN_SUITES = ("nest-harmful", "nest-benign", "nest-twin")
+# Longer words first: "unsafe" holds "safe", "harmless" is not harmful.
+_WORDS: dict[str, SuiteKind] = {
+    "harmless": "benign",
+    "unsafe": "harmful",
+    "benign": "benign",
+    "safe": "benign",
+    "harmful": "harmful",
+    "toxic": "harmful",
+    "attack": "harmful",
+}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Requests judged together."""
+    """Requests judged together.
+
+    Attributes:
+        name: Unique among the suites of an evaluation.
+        ids: One a request.
+        prompts: What the model is sent: a user's message, or a `Request` where that is not all.
+        kind: What its requests are; None if unknown.
+    """
 
     name: str
     ids: list[str]
-    prompts: list[str]
+    prompts: list[str | Request]
+    kind: SuiteKind | None = None
 
 
 def load_suite(source: str, limit: int | None = None) -> Suite:
-    """A suite by name (`nest-harmful`, `nest-benign`, `nest-twin`, each also `-validation`) or from a .jsonl file.
+    """A suite by name or from a .jsonl file (`prompt`, and optionally `id`, `kind`, and `goal` in plain words).
+
+    Names are `nest-harmful`, `nest-benign`, `nest-twin`, each also `-validation`, and the keys of `HUB_SUITES`.
 
     Raises:
-        NestError: an unknown name, a missing file, or a row without `prompt`.
+        NestError: an unknown name, a missing file, a row without `prompt`, or a hub suite that cannot be had.
     """
+    kind: SuiteKind | None
+    rows: Sequence[tuple[str, str | Request]]
     if source in _EMBEDDED:
-        kind, split = _EMBEDDED[source]
-        rows = [(item.id, item.prompt) for item in embedded_prompts() if (item.kind, item.split) == (kind, split)]
-        name = source
+        part, split = _EMBEDDED[source]
+        rows = [(item.id, item.prompt) for item in embedded_prompts() if (item.kind, item.split) == (part, split)]
+        name, kind = source, "harmful" if part == "harmful" else "benign"
+    elif source in HUB_SUITES:
+        rows = fetch(source)
+        name, kind = source, HUB_SUITES[source].kind
     else:
         path = Path(source)
         if path.suffix != ".jsonl":
-            raise NestError(f"no suite named `{source}`", mend=f"give a .jsonl file or one of {listed(_EMBEDDED, 6)}")
-        rows = [
-            (str(row.get("id") or number), text_field(row, "prompt", path, number))
-            for number, row in enumerate(read_jsonl(path), start=1)
-        ]
-        name = path.stem
+            known = listed([*_EMBEDDED, *HUB_SUITES], len(_EMBEDDED) + len(HUB_SUITES))
+            raise NestError(f"no suite named `{source}`", mend=f"give a .jsonl file or one of {known}")
+        found = read_jsonl(path)
+        rows = [(str(row.get("id") or number), _asked(row, path, number)) for number, row in enumerate(found, start=1)]
+        name, kind = path.stem, _kind_of(path.stem, found)
     rows = rows[:limit]
-    return Suite(name, [row[0] for row in rows], [row[1] for row in rows])
+    return Suite(name, [row[0] for row in rows], [row[1] for row in rows], kind)
+
+
+def _asked(row: dict[str, Any], path: Path, number: int) -> str | Request:
+    prompt = text_field(row, "prompt", path, number)
+    if not row.get("goal"):
+        return prompt
+    return Request(({"role": "user", "content": prompt},), text_field(row, "goal", path, number))
+
+
+def _kind_of(name: str, rows: list[dict[str, Any]]) -> SuiteKind | None:
+    kinds = {"harmful" if row.get("kind") == "harmful" else "benign" for row in rows if row.get("kind")}
+    if kinds:
+        return kinds.pop() if len(kinds) == 1 else None  # type: ignore[return-value]
+    parts = re.split(r"[^a-z]+", name.lower())
+    for word, kind in _WORDS.items():
+        if any(part.startswith(word) for part in parts):
+            return kind
+    plain = re.sub(r"[^a-z]", "", name.lower())
+    for known in sorted(HUB_SUITES, key=len, reverse=True):
+        if plain.startswith(re.sub(r"[^a-z]", "", known)):
+            return HUB_SUITES[known].kind
+    return None
 
 
 def load_suites(sources: list[str], limit: int | None = None) -> list[Suite]:
@@ -61,32 +119,3 @@ def load_suites(sources: list[str], limit: int | None = None) -> list[Suite]:
     if twice:
         raise NestError(f"two suites are named {listed(twice)}", mend="rename one file")
     return suites
-
-
-def attack(suites: list[Suite], path: Path) -> list[Suite]:
-    """Wrap each request of each suite in each template of a file.
-
-    A template row has `template` with one slot: `{0}`, `{prompt}`, `{{ prompt }}`, or a name in `parameters` in single
-    or double braces.
-
-    Raises:
-        NestError: a template without a slot, which would leave the request out or unchanged.
-    """
-    templates = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        text = text_field(row, "template", path, number)
-        names = [*row.get("parameters", []), "prompt", "0"]
-        slots = [
-            slot for name in names for slot in (f"{{{{ {name} }}}}", f"{{{{{name}}}}}", f"{{{name}}}") if slot in text
-        ]
-        if not slots or text.strip() == slots[0]:
-            raise NestError(f"row {number} of `{path}` changes nothing: its template has no slot or only a slot")
-        templates.append((str(row.get("id") or number), text, slots[0]))
-    return [
-        Suite(
-            f"{suite.name}+{path.stem}",
-            [f"{identity}+{name}" for name, _, _ in templates for identity in suite.ids],
-            [text.replace(slot, prompt) for _, text, slot in templates for prompt in suite.prompts],
-        )
-        for suite in suites
-    ]

@@ -1,4 +1,4 @@
-"""What a tuned model must not lose: choice accuracy and perplexity, from local files."""
+"""What a tuned model must not lose: choice accuracy, arithmetic and perplexity, from local files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from nest_rs.errors import NestError
+from nest_rs.evaluate.gsm8k import gsm8k_accuracy
 from nest_rs.progress import track
 from nest_rs.prompts import encode, read_jsonl, text_field
 
@@ -34,13 +35,16 @@ def check_utility(paths: Iterable[Path]) -> None:
 def measure_utility(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, limit: int | None = None
 ) -> dict[str, Any]:
-    """Score one file: accuracy for a .jsonl choice set, perplexity for a .txt file.
+    """Score one file: perplexity for a .txt file; for a .jsonl file accuracy, of choices or, without them, of GSM8K.
 
     Raises:
         NestError: missing, or of another kind.
     """
     check_utility([path])
     if path.suffix == ".jsonl":
+        first = read_jsonl(path)[0]
+        if "choices" not in first and isinstance(first.get("answer"), str):
+            return gsm8k_accuracy(model, tokenizer, path, limit=limit)
         return choice_accuracy(model, tokenizer, path, limit=limit)
     return perplexity(model, tokenizer, path.read_text(encoding="utf-8"), limit=limit)
 
