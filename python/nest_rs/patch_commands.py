@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field
 from pydantic_settings import CliPositionalArg
 
 from nest_rs.command import Command
-from nest_rs.errors import NestError
+from nest_rs.errors import NestError, listed
 
 if TYPE_CHECKING:
     from nest_rs.patch import NestPatch
@@ -99,9 +99,7 @@ class Verify(_OnTarget):
         }
 
     def show(self, result: dict[str, Any]) -> None:
-        from nest_rs.deploy import name_list
-
-        others = name_list(tuple(result["others"]))
+        others = listed(patch[:16] for patch in result["others"])
         likely = "" if result["exact"] else " (by likeness: the target has less precision than the base)"
         print(
             {
