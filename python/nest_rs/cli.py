@@ -229,7 +229,7 @@ class NestRs(BaseSettings):
 
 def _normalise(arguments: list[str]) -> list[str]:
     """Accept `--snake_case` flags, and several values after a list flag (`--suite A B`)."""
-    lists = {"--suite", "--utility", "--attacks", "--projections", "--depth"}
+    lists = {"--suite", "--utility", "--attacks", "--projections", "--depth", "--others"}
     out: list[str] = []
     open_list = ""
     for argument in arguments:

@@ -40,7 +40,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,11 +215,11 @@ class NestPatch:
 
         return remove(self, Path(target), out=out, base=base, overwrite=overwrite)
 
-    def verify(self, target: Path | str, *, base: Path | None = None) -> Verdict:
+    def verify(self, target: Path | str, *, base: Path | None = None, others: Sequence[NestPatch] = ()) -> Verdict:
         """Tell whether a checkpoint carries the patch (see `nest_rs.deploy.verify`)."""
         from nest_rs.deploy import verify
 
-        return verify(self, Path(target), base=base)
+        return verify(self, Path(target), base=base, others=others)
 
     def to_lora(self, out: Path, *, overwrite: bool = False) -> Path:
         """Write the patch as a PEFT LoRA adapter (see `nest_rs.adapter.write_lora`)."""

@@ -87,9 +87,13 @@ class Remove(_Write):
 class Verify(_OnTarget):
     """Tell whether a model carries a patch. Exit status: 0 patched, 3 clean, 4 another patch, 5 tampered, 2 error."""
 
+    others: list[Path] = Field([], description="other patches of that base that may be on the target too")
+
     def run(self) -> dict[str, Any]:
+        from nest_rs.patch import NestPatch
+
         patch = self.load()
-        found = patch.verify(self.target, base=self.base)
+        found = patch.verify(self.target, base=self.base, others=[NestPatch.load(path) for path in self.others])
         return {
             "state": found.state,
             "patch": patch.id,

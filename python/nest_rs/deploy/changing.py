@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from nest_rs import _core
 from nest_rs.checkpoints.base import Floats, widen
 from nest_rs.deploy.common import one_line, sha256
 from nest_rs.deploy.target import Target
@@ -117,7 +116,6 @@ def remove(
     kept = {(place[0], tuple(place[4])): old for place, old, _ in own}
     blocks: Blocks = []
     for name in sorted(patch.tensors):
-        change, seal = patch.tensors[name], work.seal_of(name)
         found = work.find(name)
         originals = [kept.get((place.file, tuple(place.offsets))) for place in found.places]
         whole = [old for old in originals if old is not None]
@@ -130,16 +128,5 @@ def remove(
             raise work.refuse(name)
         if found.state == "before":
             raise NestError(f"`{target}` does not carry this patch: `{name}` holds the base's rows")
-        if found.rows is None:
-            raise NestError(
-                f"the undo record of `{target}` is gone, and `{name}` is stored as `{work.checkpoint.dtype(name)}`",
-                mend="pass --base FOLDER, the patch's base",
-            )
-        with one_line():
-            assert change.residual is not None
-            old = _core.unfold_rows(found.rows, seal["dtype"], change.cluster, change.delta, change.residual)
-        if sha256(old) != seal["rows_sha256_before"]:
-            raise NestError(f"the residual of `{name}` does not give back the base's rows", mend="is the patch whole?")
-        encoded = work.checkpoint.encode(name, widen(old, seal["dtype"], seal["shape"][1]), found.places)
-        blocks += zip(found.places, found.stored, encoded, strict=True)
+        blocks += zip(found.places, found.stored, work.unfold(name, found), strict=True)
     return Applied(write(work, blocks, remove=True, out=out, overwrite=overwrite), work.id)

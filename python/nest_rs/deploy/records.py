@@ -8,6 +8,15 @@ from nest_rs import _core
 from nest_rs.checkpoints.base import Bytes, Checkpoint, Place
 from nest_rs.deploy.common import one_line
 
+Rows = dict[tuple[str, int], Bytes]
+"""The bytes of rows by their file and offset."""
+
+
+def split(place: Place, content: Bytes) -> Rows:
+    """The bytes of a place, row by row."""
+    rows = content.reshape(len(place.offsets), -1)
+    return {(place.file, offset): row for offset, row in zip(place.offsets, rows, strict=True)}
+
 
 class Records:
     """The undo records of a target whose bytes are in place."""
@@ -32,13 +41,13 @@ class Records:
         )
 
     def others(self, patch: str) -> list[str]:
+        """Ids of the other patches that are on the target."""
         return [other for other in self.found if other != patch and self.in_place(other)]
 
-    def originals(self, patches: list[str]) -> dict[tuple[str, int], Bytes]:
-        """By file and offset of a row, what was there before those patches."""
-        rows = {}
+    def originals(self, patches: list[str]) -> Rows:
+        """What was in their rows before those patches."""
+        rows: Rows = {}
         for patch in patches:
             for place, old, _ in self.found[patch].blocks():
-                for offset, row in zip(place[4], old.reshape(len(place[4]), -1), strict=True):
-                    rows[place[0], offset] = row
+                rows |= split(Place(*place), old)
         return rows

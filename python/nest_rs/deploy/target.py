@@ -17,7 +17,7 @@ from nest_rs.checkpoints import open_checkpoint
 from nest_rs.checkpoints.base import Bytes, Floats, Place, narrow, widen
 from nest_rs.checkpoints.huggingface import HuggingFaceCheckpoint
 from nest_rs.deploy.common import CHUNK, one_line, same, sha256
-from nest_rs.deploy.records import Records
+from nest_rs.deploy.records import Records, Rows, split
 from nest_rs.errors import NestError
 from nest_rs.models import BUILTIN, cache_dir
 from nest_rs.patch import NestPatch, sketch
@@ -54,7 +54,7 @@ class Target:
             done = _core.recover(self.checkpoint.root, self.checkpoint.state)
         if done:
             log.info("completed an interrupted %s of the patch %s", "removal" if done[0] else "apply", done[1][:16])
-        self.overlay: dict[tuple[str, int], Bytes] = {}
+        self.overlay: Rows = {}
 
     @cached_property
     def records(self) -> Records:
@@ -133,6 +133,36 @@ class Target:
             if errors[nearest] <= tolerance:
                 return replace(found, state=nearest, exact=False)  # type: ignore[arg-type]
         return found
+
+    def unfold(self, name: str, found: Found) -> list[Bytes]:
+        """What the places of a patched tensor held before, by the patch's residuals.
+
+        Raises:
+            NestError: the target does not hold the patched rows exactly, and the base is not at hand.
+        """
+        seal, change = self.seal_of(name), self.patch.tensors[name]
+        if found.rows is None:
+            raise NestError(
+                f"the undo record of `{self.path}` is gone, and `{name}` is stored as `{self.checkpoint.dtype(name)}`",
+                mend="pass --base FOLDER, the patch's base",
+            )
+        with one_line():
+            assert change.residual is not None
+            old = _core.unfold_rows(found.rows, seal["dtype"], change.cluster, change.delta, change.residual)
+        if sha256(old) != seal["rows_sha256_before"]:
+            raise NestError(f"the residual of `{name}` does not give back the base's rows", mend="is the patch whole?")
+        return self.checkpoint.encode(name, widen(old, seal["dtype"], seal["shape"][1]), found.places)
+
+    def originals(self) -> Rows | None:
+        """What the patch's rows held before it; None unless all of it is on the target."""
+        rows: Rows = {}
+        for name in sorted(self.patch.tensors):
+            found = self.find(name)
+            if found.state != "after":
+                return None
+            for place, old in zip(found.places, self.unfold(name, found), strict=True):
+                rows |= split(place, old)
+        return rows
 
     def encodes(self, name: str, native: Bytes, found: Found) -> bool:
         seal = self.seal_of(name)
