@@ -149,10 +149,14 @@ class Inspect(Command):
         return applied_patches(self.path)
 
     def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.evidence import lines
+
         for key, value in result.items():
             if key == "manifest":
                 for name, entry in value.items():
                     if name != "tensors":
                         print(f"{name}: {entry}")
+            elif key == "evidence":
+                print("\n".join(lines(value)) if value else "evidence: none, the patch was not judged")
             else:
                 print(f"{key}: {value}")

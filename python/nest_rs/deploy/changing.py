@@ -67,7 +67,7 @@ def apply(
             if found.rows is None:
                 values = found.values + change.delta[change.cluster]
             else:
-                new = work.fold(name, found.rows)
+                new = work.edit(name).fold(found.rows)
                 if sha256(new) != seal["rows_sha256_after"]:
                     raise NestError(f"the patch does not give the rows its manifest promises for `{name}`")
                 values = widen(new, seal["dtype"], seal["shape"][1])

@@ -40,6 +40,7 @@ def describe(patch: NestPatch) -> dict[str, Any]:
         "trained": patch.trainable_params,
         "residual_bits_per_element": round(residual / elements, 3) if patch.sealed else None,
         "manifest": patch.manifest,
+        "evidence": patch.evidence,
     }
 
 

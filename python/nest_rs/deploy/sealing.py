@@ -42,7 +42,8 @@ def seal(patch: NestPatch, folder: Path) -> NestPatch:
                 picked = change.rows[inside] - start
                 old = table[picked].reshape(-1)
                 try:
-                    new = _core.fold_rows(old, dtype, np.ascontiguousarray(change.cluster[inside]), change.delta)
+                    edit = _core.RowEdit(dtype, np.ascontiguousarray(change.cluster[inside]), change.delta)
+                    new = edit.fold(old)
                 except ValueError as error:
                     raise NestError(f"`{name}`: {error}") from error
                 table[picked] = new.reshape(len(picked), -1)
@@ -52,7 +53,7 @@ def seal(patch: NestPatch, folder: Path) -> NestPatch:
         old, new = np.concatenate(olds), np.concatenate(news)
         tensors[name] = replace(
             change,
-            residual=_core.residual(old, new, dtype, change.cluster, change.delta),
+            residual=_core.RowEdit(dtype, change.cluster, change.delta).residual(old, new),
             sketch=sketch(widen(old, dtype, shape[1])),
         )
         seals[name] = {
@@ -63,4 +64,4 @@ def seal(patch: NestPatch, folder: Path) -> NestPatch:
             "rows_sha256_before": sha256(old),
             "rows_sha256_after": sha256(new),
         }
-    return NestPatch(tensors, {**patch.manifest, "tensors": seals})
+    return NestPatch(tensors, {**patch.manifest, "tensors": seals}, patch.evidence)

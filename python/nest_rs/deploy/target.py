@@ -88,9 +88,10 @@ class Target:
                     rows[index] = row
         return content
 
-    def fold(self, name: str, old: Bytes) -> Bytes:
+    def edit(self, name: str) -> _core.RowEdit:
+        """The arithmetic of one tensor's deltas."""
         change = self.patch.tensors[name]
-        return _core.fold_rows(old, self.seal_of(name)["dtype"], change.cluster, change.delta)
+        return _core.RowEdit(self.seal_of(name)["dtype"], change.cluster, change.delta)
 
     def find(self, name: str) -> Found:
         """Read a tensor's rows and tell what they are."""
@@ -113,7 +114,7 @@ class Target:
             return found
         old = self.base_rows(name)
         if old is not None:
-            new = self.fold(name, old)
+            new = self.edit(name).fold(old)
             if self.encodes(name, old, found):
                 return replace(found, state="before", rows=old)
             if self.encodes(name, new, found):
@@ -148,7 +149,7 @@ class Target:
             )
         with one_line():
             assert change.residual is not None
-            old = _core.unfold_rows(found.rows, seal["dtype"], change.cluster, change.delta, change.residual)
+            old = self.edit(name).unfold(found.rows, change.residual)
         if sha256(old) != seal["rows_sha256_before"]:
             raise NestError(f"the residual of `{name}` does not give back the base's rows", mend="is the patch whole?")
         return self.checkpoint.encode(name, widen(old, seal["dtype"], seal["shape"][1]), found.places)
