@@ -29,6 +29,7 @@ from nest_rs.models import load_model, load_tokenizer
 from nest_rs.neurons import load_neurons
 from nest_rs.prompts import encode, render
 from nest_rs.report import before_after, percent
+from nest_rs.run import Run
 
 # Quick, and low enough a z for a layer of 96 neurons.
 FAST = ["--z", "2", "--dtype", "float32", "--batch-size", "8", "--epochs", "1", "--learning-rate", "0.05"]
@@ -217,7 +218,7 @@ def test_the_patch_carries_the_evidence_and_keeps_its_id(
     assert main(["inspect", str(path)]) == 0
     rates = [percent(tuned["eval"][side]["asked"]) for side in ("base", "tuned")]
     assert f"refused, asked: base {rates[0]}, tuned {rates[1]}" in capsys.readouterr().out
-    succeed("eval", copied, "--max-new-tokens", 5)
+    Run.open(copied, {"max_new_tokens": 5}).stage("eval")
     again = NestPatch.load(path)
     assert again.id == patch.id
     assert again.evidence != patch.evidence
