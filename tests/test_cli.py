@@ -28,7 +28,8 @@ from nest_rs.cli import main
 from nest_rs.models import load_model, load_tokenizer
 from nest_rs.neurons import load_neurons
 from nest_rs.prompts import encode, render
-from nest_rs.report import before_after
+from nest_rs.report import before_after, percent
+from nest_rs.run import Run
 
 # Quick, and low enough a z for a layer of 96 neurons.
 FAST = ["--z", "2", "--dtype", "float32", "--batch-size", "8", "--epochs", "1", "--learning-rate", "0.05"]
@@ -193,11 +194,38 @@ def test_the_patch_says_where_it_comes_from(tuned: dict[str, Any], world: World)
     assert {name: seal["sha256_before"] for name, seal in patch.manifest["tensors"].items()} == {
         name: hashlib.sha256(weights[name].numpy().tobytes()).hexdigest() for name in patch.tensors
     }
-    folded = json.loads((run / "patch" / "nest_patch.json").read_text())["folded"]
+    readable = json.loads((run / "patch" / "nest_patch.json").read_text())
+    assert readable["evidence"] == patch.evidence
+    assert readable["sha256"] == patch.id
+    folded = readable["folded"]
     moved = load_file(run / "merged" / "model.safetensors")
     assert {name: entry["sha256_after"] for name, entry in folded.items()} == {
         name: hashlib.sha256(moved[name].numpy().tobytes()).hexdigest() for name in patch.tensors
     }
+
+
+def test_the_patch_carries_the_evidence_and_keeps_its_id(
+    copied: Path, tuned: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied / "patch" / "nest_patch.safetensors"
+    patch = NestPatch.load(path)
+    assert patch.evidence is not None
+    assert patch.evidence["refusal"] == {
+        "asked": {side: tuned["eval"][side]["asked"] for side in ("base", "tuned")},
+    }
+    for side, digest in patch.evidence["samples_sha256"].items():
+        assert sha256(copied / "eval" / side / "samples.jsonl") == digest
+    assert main(["inspect", str(path)]) == 0
+    rates = [percent(tuned["eval"][side]["asked"]) for side in ("base", "tuned")]
+    assert f"refused, asked: base {rates[0]}, tuned {rates[1]}" in capsys.readouterr().out
+    Run.open(copied, {"max_new_tokens": 5}).stage("eval")
+    again = NestPatch.load(path)
+    assert again.id == patch.id
+    assert again.evidence != patch.evidence
+    NestPatch(patch.tensors, patch.manifest).save(tmp_path / "patch")
+    assert NestPatch.load(tmp_path / "patch").id == patch.id
+    assert main(["inspect", str(tmp_path / "patch")]) == 0
+    assert "evidence: none, the patch was not judged" in capsys.readouterr().out
 
 
 def test_the_table_names_suites_and_intervals(tuned: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,6 +144,29 @@ def test_two_patches_on_disjoint_rows_go_on_and_off_in_any_order(base: Path) -> 
     assert hashes(base) == before
 
 
+def test_another_patch_is_known_by_its_own_file_where_its_undo_record_is_gone(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, three = (make_patch(base, seed=seed, first=first) for seed, first in ((1, 0), (2, 45), (3, 10)))
+    for name, patch in (("one", one), ("two", two), ("three", three)):
+        patch.save(tmp_path / name)
+    one.apply(base)
+    shutil.rmtree(base / ".nest-rs")
+    assert two.verify(base).state == "tampered"
+    assert two.verify(base, others=[three]).state == "tampered"
+    found = two.verify(base, others=[three, two, one])
+    assert (found.state, found.others) == ("other", (one.id,))
+    two.apply(base)
+    found = two.verify(base, others=[one])
+    assert (found.state, found.others) == ("patched", (one.id,))
+    commands = ["verify", str(tmp_path / "two"), str(base)]
+    assert main(commands) == 5
+    assert main([*commands, "--others", str(tmp_path / "one"), str(tmp_path / "three")]) == 0
+    assert f"and by `{one.id[:16]}`" in capsys.readouterr().out
+    spoil(base, UP, 95)
+    assert two.verify(base, others=[one]).state == "tampered"
+
+
 def test_patches_on_the_same_rows_are_refused(base: Path) -> None:
     one, two = make_patch(base, seed=1), make_patch(base, seed=2)
     one.apply(base)

@@ -117,6 +117,20 @@ def test_a_bf16_base_is_told_exactly_in_a_file_of_more_precision(tmp_path: Path)
     assert hashes(tmp_path) == before
 
 
+def test_a_copy_under_another_name_keeps_what_is_known_of_other_patches(tiny: Path, tmp_path: Path) -> None:
+    gguf = write_gguf(tiny, tmp_path / "model.gguf", "Q8_0")
+    before = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    one, two = make_patch(tiny, seed=1), make_patch(tiny, seed=2, first=45)
+    one.apply(gguf, base=tiny)
+    copy = two.apply(gguf, base=tiny, out=tmp_path / "copies" / "copy.gguf").path
+    for patch, other in ((one, two), (two, one)):
+        found = patch.verify(copy)
+        assert (found.state, found.others) == ("patched", (other.id,))
+    one.remove(copy)
+    two.remove(copy)
+    assert hashes(tmp_path / "copies") == {"copy.gguf": before}
+
+
 def test_other_types_name_the_way_round(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf = write_gguf(tiny, tmp_path / "model.gguf", "F16")
     content = bytearray(gguf.read_bytes())

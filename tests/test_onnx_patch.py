@@ -49,6 +49,13 @@ def test_the_patched_export_is_the_export_of_the_merged_model(
     assert hashes(target) == before
 
 
+def test_the_export_does_not_name_the_repository_it_was_made_in(exported: Path) -> None:
+    """Else a commit between two exports of one model would tell them apart."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = onnx.load(exported / "model.onnx", load_external_data=False)
+    assert model.producer_version == f"{genai.__version__}+{genai.__commit__[:7]}"
+
+
 @pytest.fixture(scope="module")
 def exported(world: tuple[Path, NestPatch, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_onnx(world[0], tmp_path_factory.mktemp("exported") / "onnx", precision="int4")

@@ -11,7 +11,9 @@ pytest.importorskip("cryptography")
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from nest_rs import NestPatch
 from nest_rs.cli import main
+from nest_rs.patch import evidence_sha256
 from test_deploy import hashes, make_patch
 
 
@@ -43,6 +45,10 @@ def test_only_what_the_key_signed_is_applied(tiny: Path, tmp_path: Path, capsys:
     refused(private, "cannot read the public key")
     assert main([*apply, str(public)]) == 0
     assert main(["verify", str(patch), str(tmp_path / "out"), "--public-key", str(public)]) == 0
+    judged = NestPatch.load(patch)
+    judged.evidence = {"sha256": evidence_sha256({})}
+    judged.save(patch)  # what it claims to have been seen to do is not what was signed
+    assert main(["verify", str(patch), str(tmp_path / "out"), "--public-key", str(public)]) == 2
     make_patch(tiny, seed=3).save(patch)  # another patch under the old signature
     assert main(["verify", str(patch), str(tmp_path / "out"), "--public-key", str(public)]) == 2
     assert main(["sign", str(patch), "--key", str(public)]) == 2

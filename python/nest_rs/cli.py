@@ -410,7 +410,7 @@ class NestRs(BaseSettings):
 def _normalise(arguments: list[str]) -> list[str]:
     """Accept `--snake_case` flags, and several values after a list flag (`--suite A B`)."""
     lists = {"--suite", "--utility", "--attacks", "--judge", "--lm-eval", "--fail-if", "--projections", "--depth"}
-    lists |= {"--methods", "--seeds", "--benign", "--rates"}
+    lists |= {"--methods", "--seeds", "--benign", "--rates", "--others"}
     out: list[str] = []
     open_list = ""
     for argument in arguments:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def export_onnx(folder: Path, out: Path, *, precision: Precision = "fp32", overw
     with new_folder(out, overwrite=overwrite) as scratch, tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(scratch)]
         command += ["-p", precision, "-e", provider, "-c", cache]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # The builder stamps the graph with the commit of whatever repository its environment lies in; without one it
+        # takes its own, and the same model gives the same bytes.
+        environment = {**os.environ, "GIT_DIR": os.devnull}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode or not (scratch / "model.onnx").is_file():
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
             raise NestError(f"the ONNX builder failed on `{folder}` ({reason[0]})")

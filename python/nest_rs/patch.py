@@ -19,9 +19,9 @@ maker adds: `base` (id, revision), settings, data hashes, tool versions. `tensor
 F16 or BF16), `shape` ([rows, d]), and SHA-256 in hexadecimal: `sha256_before` and `sha256_after` of all of its bytes,
 `rows_sha256_before` and `rows_sha256_after` of the touched rows' bytes in ascending order.
 
-`sha256` is the patch's id. It is taken over the JSON object without that key (sorted keys, separators "," and ":",
-non-ASCII escaped), then for each array in the order of names over the line "name dtype shape" (NumPy's names; the
-shape's numbers joined by "x"; ended by a newline) and its bytes.
+`sha256` is the patch's id. It is taken over the JSON object without the keys `sha256` and `evidence` (sorted keys,
+separators "," and ":", non-ASCII escaped), then for each array in the order of names over the line "name dtype shape"
+(NumPy's names; the shape's numbers joined by "x"; ended by a newline) and its bytes.
 
 `T.residual` is one raw DEFLATE stream (RFC 1951). Inflated, it holds for each element in row-major order the distance
 from round(float32(new) - delta) to old, counted in steps between neighbouring numbers of the type with -0 one step
@@ -31,8 +31,11 @@ The signs of a sketch: with s(c) the SplitMix64 finaliser of (c + 1) * 0x9E3779B
 in sum j where bit j of s(c) is set.
 
 A patch that has not been sealed to a base (`NestPatch.seal`) has no residual, no sketch and no `tensors`; it can be
-folded into a folder but not applied to, removed from or looked for in one. The file holds no time and no measurement,
-so the same run gives the same bytes; what came after (evaluation) stands in `nest_patch.json` beside it.
+folded into a folder but not applied to, removed from or looked for in one.
+
+`evidence`, if the patch was judged, is an object of its own (`nest_rs.evidence`) with its own `sha256`, over its other
+keys written in the same way: what was measured later does not change the id of what was measured. The file holds no
+time, so the same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,10 +98,17 @@ class RowDelta:
 
 @dataclass
 class NestPatch:
-    """A set of row deltas by checkpoint tensor, with its manifest."""
+    """A set of row deltas by checkpoint tensor, with its manifest.
+
+    Attributes:
+        tensors: The change of each matrix, by its name in the checkpoint.
+        manifest: What the patch is of and for; part of its id.
+        evidence: What it was seen to do (`nest_rs.evidence`), if it was judged; no part of its id.
+    """
 
     tensors: dict[str, RowDelta]
     manifest: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] | None = None
 
     @property
     def trainable_params(self) -> int:
@@ -123,8 +133,7 @@ class NestPatch:
     @property
     def id(self) -> str:
         """SHA-256 of arrays and manifest, 64 hexadecimal digits."""
-        plain = {"format": FORMAT, **self.manifest}
-        digest = hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+        digest = hashlib.sha256(_canonical({"format": FORMAT, **self.manifest}))
         for name, array in sorted(self._arrays().items()):
             digest.update(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}\n".encode())
             digest.update(array.data)
@@ -148,10 +157,15 @@ class NestPatch:
                 )
         return cls(tensors, dict(manifest))
 
+    def document(self) -> dict[str, Any]:
+        """All but the arrays: format, id, manifest and evidence."""
+        evidence = {} if self.evidence is None else {"evidence": self.evidence}
+        return {"format": FORMAT, "sha256": self.id, **self.manifest, **evidence}
+
     def save(self, path: Path) -> None:
         """Write the patch file."""
         # One key alone: safetensors writes a metadata map in no fixed order.
-        text = json.dumps({"format": FORMAT, "sha256": self.id, **self.manifest}, sort_keys=True)
+        text = json.dumps(self.document(), sort_keys=True)
         with replacing(Path(path)) as scratch:
             save_file(self._arrays(), scratch, metadata={"nest_patch": text})
 
@@ -172,16 +186,24 @@ class NestPatch:
             manifest = json.loads(metadata["nest_patch"])
             version = manifest.pop("format")
             digest = manifest.pop("sha256", None)
+            evidence = manifest.pop("evidence", None)
         except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise NestError(f"`{path}` is not a NeST patch", mend="it has no nest_patch metadata") from error
         if version != FORMAT:
             raise NestError(f"`{path}` has the format `{version}`", mend=f"this version reads {FORMAT}")
-        patch = cls(_check(arrays, path), manifest)
+        patch = cls(_check(arrays, path), manifest, evidence)
         if patch.sealed:
             _check_seal(patch, path)
         if digest != patch.id:
             raise NestError(
                 f"the patch `{path}` was changed after it was written: its SHA-256 is not `{digest}`",
+                mend="get it again from its maker",
+            )
+        if evidence is not None and (
+            not isinstance(evidence, dict) or evidence.get("sha256") != evidence_sha256(evidence)
+        ):
+            raise NestError(
+                f"the evidence in the patch `{path}` was changed after it was written",
                 mend="get it again from its maker",
             )
         return patch
@@ -215,11 +237,11 @@ class NestPatch:
 
         return remove(self, Path(target), out=out, base=base, overwrite=overwrite)
 
-    def verify(self, target: Path | str, *, base: Path | None = None) -> Verdict:
+    def verify(self, target: Path | str, *, base: Path | None = None, others: Sequence[NestPatch] = ()) -> Verdict:
         """Tell whether a checkpoint carries the patch (see `nest_rs.deploy.verify`)."""
         from nest_rs.deploy import verify
 
-        return verify(self, Path(target), base=base)
+        return verify(self, Path(target), base=base, others=others)
 
     def to_lora(self, out: Path, *, overwrite: bool = False) -> Path:
         """Write the patch as a PEFT LoRA adapter (see `nest_rs.adapter.write_lora`)."""
@@ -290,6 +312,15 @@ class NestPatch:
         manifest = {"base": self.manifest.get("base"), "composed": [self.id, other.id]}
         both = NestPatch(dict(sorted(tensors.items())), manifest)
         return both.seal(base) if base is not None else both
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def evidence_sha256(evidence: dict[str, Any]) -> str:
+    """SHA-256 of a patch's evidence without its key `sha256`, in hexadecimal."""
+    return hashlib.sha256(_canonical({key: value for key, value in evidence.items() if key != "sha256"})).hexdigest()
 
 
 def sketch(rows: NDArray[np.float32]) -> NDArray[np.float32]:

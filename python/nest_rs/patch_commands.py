@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Field
 from pydantic_settings import CliPositionalArg
 
 from nest_rs.command import Command
-from nest_rs.errors import NestError
+from nest_rs.errors import NestError, listed
 
 if TYPE_CHECKING:
     from nest_rs.patch import NestPatch
@@ -87,9 +87,13 @@ class Remove(_Write):
 class Verify(_OnTarget):
     """Tell whether a model carries a patch. Exit status: 0 patched, 3 clean, 4 another patch, 5 tampered, 2 error."""
 
+    others: list[Path] = Field([], description="other patches of that base that may be on the target too")
+
     def run(self) -> dict[str, Any]:
+        from nest_rs.patch import NestPatch
+
         patch = self.load()
-        found = patch.verify(self.target, base=self.base)
+        found = patch.verify(self.target, base=self.base, others=[NestPatch.load(path) for path in self.others])
         return {
             "state": found.state,
             "patch": patch.id,
@@ -99,9 +103,7 @@ class Verify(_OnTarget):
         }
 
     def show(self, result: dict[str, Any]) -> None:
-        from nest_rs.deploy import name_list
-
-        others = name_list(tuple(result["others"]))
+        others = listed(patch[:16] for patch in result["others"])
         likely = "" if result["exact"] else " (by likeness: the target has less precision than the base)"
         print(
             {
@@ -147,10 +149,14 @@ class Inspect(Command):
         return applied_patches(self.path)
 
     def show(self, result: dict[str, Any]) -> None:
+        from nest_rs.evidence import lines
+
         for key, value in result.items():
             if key == "manifest":
                 for name, entry in value.items():
                     if name != "tensors":
                         print(f"{name}: {entry}")
+            elif key == "evidence":
+                print("\n".join(lines(value)) if value else "evidence: none, the patch was not judged")
             else:
                 print(f"{key}: {value}")

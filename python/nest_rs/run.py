@@ -23,6 +23,7 @@ from nest_rs.errors import NestError
 from nest_rs.evaluate.refusal import evaluate_refusal
 from nest_rs.evaluate.suites import load_suites
 from nest_rs.evaluate.utility import check_utility, measure_utility
+from nest_rs.evidence import attach_evidence
 from nest_rs.export import check_parity, export_onnx, require_onnx
 from nest_rs.files import new_folder, read_json, write_json
 from nest_rs.fold import merge_folder
@@ -330,7 +331,7 @@ class Run:
         report = merge_folder(
             self.base, patch, self.folder / "merged", card=model_card(self.base, patch), overwrite=True
         )
-        write_json(self.folder / "patch" / "nest_patch.json", {"sha256": patch.id, **patch.manifest, "folded": report})
+        write_json(self.folder / "patch" / "nest_patch.json", {**patch.document(), "folded": report})
         if max(len(change.delta) for change in patch.tensors.values()) <= RANKS[-1]:
             patch.to_lora(self.folder / "adapter", overwrite=True)
         changed = sum(entry["changed"] for entry in report.values())
@@ -360,6 +361,7 @@ class Run:
             if utility:
                 write_json(self.folder / "eval" / name / "utility.json", utility)
                 found.setdefault("utility", {})[name] = utility
+        attach_evidence(self.folder, found, max_new_tokens=config.max_new_tokens)
         utility = found.pop("utility", None)
         return {"eval": found, **({"utility": utility} if utility else {})}
 

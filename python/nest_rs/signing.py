@@ -1,7 +1,8 @@
 """Detached Ed25519 signatures of patches, by the `cryptography` package (`pip install 'nest-rs[sign]'`).
 
-What is signed is the line "nest-patch/1 <id>", the id being the SHA-256 of the patch's arrays and manifest: 64 bytes,
-written beside the patch as `<patch>.sig`. Keys are PEM files, as OpenSSL makes them:
+What is signed is the line "nest-patch/1 <id>", the id being the SHA-256 of the patch's arrays and manifest, and if the
+patch carries evidence the line "evidence <its SHA-256>": 64 bytes, written beside the patch as `<patch>.sig`. Keys are
+PEM files, as OpenSSL makes them:
 `openssl genpkey -algorithm ed25519 -out key.pem` and `openssl pkey -in key.pem -pubout -out key.pub`.
 """
 
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nest_rs.errors import NestError
 from nest_rs.files import replacing
-from nest_rs.patch import FORMAT, NestPatch
+from nest_rs.patch import FORMAT, NestPatch, evidence_sha256
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -67,7 +68,8 @@ def check_signature(path: Path, patch: NestPatch, key: Path) -> None:
 
 
 def _message(patch: NestPatch) -> bytes:
-    return f"{FORMAT} {patch.id}\n".encode()
+    evidence = f"evidence {evidence_sha256(patch.evidence)}\n" if patch.evidence is not None else ""
+    return f"{FORMAT} {patch.id}\n{evidence}".encode()
 
 
 def _private(path: Path) -> Ed25519PrivateKey:

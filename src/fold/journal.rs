@@ -498,36 +498,34 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// Two rows where zeros were.
+    fn block(
+        file: &str,
+        (item, stride, count): (u64, u64, u64),
+        offsets: [u64; 2],
+        new: &[u8],
+    ) -> Block {
+        let place = Place {
+            file: file.into(),
+            item,
+            stride,
+            count,
+            offsets: offsets.into(),
+        };
+        let old = vec![0; new.len()];
+        let new = new.into();
+        Block { place, old, new }
+    }
+
+    /// Two runs of a file, out of order, and two columns of another.
     fn change(action: Action) -> Change {
-        let rows = Place {
-            file: "a".into(),
-            item: 2,
-            stride: 2,
-            count: 2,
-            offsets: vec![8, 0],
-        };
-        let column = Place {
-            file: "b".into(),
-            item: 1,
-            stride: 4,
-            count: 3,
-            offsets: vec![3, 1],
-        };
         Change {
             action,
             patch: "ab".repeat(32),
             info: "{}".into(),
             blocks: vec![
-                Block {
-                    place: rows,
-                    old: vec![0; 8],
-                    new: (1..9).collect(),
-                },
-                Block {
-                    place: column,
-                    old: vec![0; 6],
-                    new: vec![1, 2, 3, 7, 8, 9],
-                },
+                block("a", (2, 2, 2), [8, 0], &[1, 2, 3, 4, 5, 6, 7, 8]),
+                block("b", (1, 4, 3), [3, 1], &[1, 2, 3, 7, 8, 9]),
             ],
         }
     }

@@ -27,64 +27,73 @@ fn place((file, item, stride, count, offsets): PyPlace) -> Place {
     }
 }
 
-/// Calls `work` with the rows described; the arrays are borrowed, contiguous.
-fn with_rows<T: Send>(
-    py: Python<'_>,
-    dtype: &str,
-    cluster: &PyReadonlyArray1<'_, i16>,
-    delta: &PyReadonlyArray2<'_, f32>,
-    work: impl FnOnce(&Rows<'_>) -> crate::Result<T> + Send,
-) -> PyResult<T> {
-    let dtype = Dtype::from_tag(dtype)
-        .ok_or_else(|| Error::argument("dtype", dtype, "use F32, F16 or BF16"))?;
-    let rows = Rows {
-        dtype,
-        width: delta.as_array().ncols(),
-        cluster: cluster.as_slice()?,
-        delta: delta.as_slice()?,
-    };
-    Ok(py.detach(|| work(&rows))?)
+/// The deltas of one matrix, in the type its rows are stored in.
+#[pyclass(name = "RowEdit", frozen, module = "nest_rs._core")]
+struct RowEdit {
+    dtype: Dtype,
+    width: usize,
+    cluster: Vec<i16>,
+    delta: Vec<f32>,
 }
 
-#[pyfunction]
-fn fold_rows<'py>(
-    py: Python<'py>,
-    old: Bytes<'py>,
-    dtype: &str,
-    cluster: PyReadonlyArray1<'py, i16>,
-    delta: PyReadonlyArray2<'py, f32>,
-) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let old = old.as_slice()?;
-    Ok(with_rows(py, dtype, &cluster, &delta, |rows| rows.fold(old))?.into_pyarray(py))
+impl RowEdit {
+    /// Works on bytes of rows without the GIL.
+    fn run<'py>(
+        &self,
+        py: Python<'py>,
+        work: impl FnOnce(&Rows<'_>) -> crate::Result<Vec<u8>> + Send,
+    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let rows = Rows {
+            dtype: self.dtype,
+            width: self.width,
+            cluster: &self.cluster,
+            delta: &self.delta,
+        };
+        Ok(py.detach(|| work(&rows))?.into_pyarray(py))
+    }
 }
 
-#[pyfunction]
-fn residual<'py>(
-    py: Python<'py>,
-    old: Bytes<'py>,
-    new: Bytes<'py>,
-    dtype: &str,
-    cluster: PyReadonlyArray1<'py, i16>,
-    delta: PyReadonlyArray2<'py, f32>,
-) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let (old, new) = (old.as_slice()?, new.as_slice()?);
-    Ok(with_rows(py, dtype, &cluster, &delta, |rows| rows.residual(old, new))?.into_pyarray(py))
-}
+#[pymethods]
+impl RowEdit {
+    #[new]
+    fn new(
+        dtype: &str,
+        cluster: PyReadonlyArray1<'_, i16>,
+        delta: PyReadonlyArray2<'_, f32>,
+    ) -> PyResult<Self> {
+        Ok(RowEdit {
+            dtype: Dtype::from_tag(dtype)
+                .ok_or_else(|| Error::argument("dtype", dtype, "use F32, F16 or BF16"))?,
+            width: delta.as_array().ncols(),
+            cluster: cluster.as_slice()?.to_vec(),
+            delta: delta.as_slice()?.to_vec(),
+        })
+    }
 
-#[pyfunction]
-fn unfold_rows<'py>(
-    py: Python<'py>,
-    new: Bytes<'py>,
-    dtype: &str,
-    cluster: PyReadonlyArray1<'py, i16>,
-    delta: PyReadonlyArray2<'py, f32>,
-    residual: Bytes<'py>,
-) -> PyResult<Bound<'py, PyArray1<u8>>> {
-    let (new, residual) = (new.as_slice()?, residual.as_slice()?);
-    Ok(with_rows(py, dtype, &cluster, &delta, |rows| {
-        rows.unfold(new, residual)
-    })?
-    .into_pyarray(py))
+    fn fold<'py>(&self, py: Python<'py>, old: Bytes<'py>) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let old = old.as_slice()?;
+        self.run(py, |rows| rows.fold(old))
+    }
+
+    fn residual<'py>(
+        &self,
+        py: Python<'py>,
+        old: Bytes<'py>,
+        new: Bytes<'py>,
+    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let (old, new) = (old.as_slice()?, new.as_slice()?);
+        self.run(py, |rows| rows.residual(old, new))
+    }
+
+    fn unfold<'py>(
+        &self,
+        py: Python<'py>,
+        new: Bytes<'py>,
+        residual: Bytes<'py>,
+    ) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let (new, residual) = (new.as_slice()?, residual.as_slice()?);
+        self.run(py, |rows| rows.unfold(new, residual))
+    }
 }
 
 #[pyfunction]
@@ -196,12 +205,10 @@ fn read_gguf(py: Python<'_>, path: PathBuf) -> PyResult<PyGguf> {
 }
 
 pub(super) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_function(wrap_pyfunction!(fold_rows, module)?)?;
-    module.add_function(wrap_pyfunction!(residual, module)?)?;
-    module.add_function(wrap_pyfunction!(unfold_rows, module)?)?;
     module.add_function(wrap_pyfunction!(read_rows, module)?)?;
     module.add_function(wrap_pyfunction!(recover, module)?)?;
     module.add_function(wrap_pyfunction!(copy_file, module)?)?;
     module.add_function(wrap_pyfunction!(read_gguf, module)?)?;
+    module.add_class::<RowEdit>()?;
     module.add_class::<PyChange>()
 }

@@ -237,6 +237,8 @@ CASES: dict[str, tuple[Spoil, str]] = {
     # Its manifest.
     "manifest: edited": (in_manifest(lambda m: m.update(seed=1)), "changed after it was written"),
     "manifest: without its hash": (in_manifest(lambda m: m.pop("sha256")), "changed after it was written"),
+    "evidence: edited": (in_manifest(lambda m: m.update(evidence={"sha256": "0" * 64})), "evidence in the patch"),
+    "evidence: no object": (in_manifest(lambda m: m.update(evidence=[1])), "evidence in the patch"),
     "manifest: another format": (in_manifest(lambda m: m.update(format="nest-patch/9")), "has the format"),
     "manifest: format is a list": (in_manifest(lambda m: m.update(format=[FORMAT])), "has the format"),
     "manifest: no seal": (in_manifest(lambda m: m.pop("tensors"), sign=True), "not bound to a base"),

@@ -109,3 +109,8 @@ def plain_places(file: str, begin: int, row_bytes: int, rows: NDArray[np.integer
     """Rows that lie one after the other from `begin`."""
     offsets = begin + rows.astype(np.int64) * row_bytes
     return Place(file, row_bytes, row_bytes, 1, offsets.tolist())
+
+
+def state_of(file: Path) -> Path:
+    """Where the journal and the undo records of a single file lie."""
+    return file.with_name(f".{file.name}.nest-rs")

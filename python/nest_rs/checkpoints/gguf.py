@@ -17,7 +17,7 @@ from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from nest_rs import _core
-from nest_rs.checkpoints.base import Bytes, Checkpoint, Floats, Place, narrow, plain_places, widen
+from nest_rs.checkpoints.base import Bytes, Checkpoint, Floats, Place, narrow, plain_places, state_of, widen
 from nest_rs.errors import NestError
 
 # The types we write, and how far (relative to their size) rows of each lie from the base's: up to twice what rounding
@@ -41,8 +41,6 @@ class GgufCheckpoint(Checkpoint):
     kind = "gguf"
 
     def __init__(self, path: Path) -> None:
-        from nest_rs.deploy import state_of
-
         super().__init__(path, path.parent, state_of(path))
         try:
             tensors, self._strings, self._numbers = _core.read_gguf(path)

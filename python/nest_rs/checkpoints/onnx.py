@@ -1,11 +1,17 @@
-"""An ONNX export of onnxruntime-genai's builder: patched, it is the re-export of the merged model, byte for byte.
+"""An ONNX export: patched, it is the re-export of the merged model, byte for byte.
 
-Weights lie in `model.onnx.data`, where the graph's initialisers say. In fp32, fp16 and bf16 a matrix is stored
-transposed, so that a row of the model is a column; in int4 and int8 (MatMulNBits) a row is quantised by itself.
+Two exporters are known. onnxruntime-genai's builder names its weights after the model's. PyTorch's
+(`torch.onnx.export(dynamo=True)`, and so `transformers.exporters`) numbers them, but each node says in its metadata,
+under `pkg.torch.onnx.name_scopes`, which module it came from.
+
+Weights lie in a data file, where the graph's initialisers say. In fp32, fp16 and bf16 a matrix is stored transposed, so
+that a row of the model is a column (PyTorch's exporter leaves it as it is where it does not fold the transposition); in
+int4 and int8 (MatMulNBits) a row is quantised by itself.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
 _DTYPES = {1: "F32", 10: "F16", 16: "BF16"}
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _UINT8 = 2
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class _Array(NamedTuple):
@@ -37,6 +44,7 @@ class _Matrix(NamedTuple):
     """A matrix of the model: its weight, and for MatMulNBits its scales and how it is quantised."""
 
     weight: _Array
+    transposed: bool = False
     scales: _Array | None = None
     bits: int = 0
     block: int = 0
@@ -74,10 +82,11 @@ class OnnxCheckpoint(Checkpoint):
                 f"`{path}` was rewritten by an optimiser (it declares `{min(domains)}`)",
                 mend="patch the export it was made from, then optimise that",
             )
-        if "onnxruntime-genai" not in model.producer_name:
+        self._torch = model.producer_name == "pytorch"
+        if not self._torch and "onnxruntime-genai" not in model.producer_name:
             raise NestError(
                 f"`{path}` was written by `{model.producer_name or 'an unknown tool'}`",
-                mend="patch the builder's own export, before any optimiser or quantiser",
+                mend="patch the export of onnxruntime-genai's builder or PyTorch, before any optimiser or quantiser",
             )
         return model.graph
 
@@ -111,6 +120,45 @@ class OnnxCheckpoint(Checkpoint):
         return self._found[name]
 
     def _look(self, name: str) -> _Matrix:
+        self._graph  # noqa: B018  which exporter it is, is known once the graph is read
+        return self._look_by_scope(name) if self._torch else self._look_by_name(name)
+
+    @cached_property
+    def _scopes(self) -> dict[str, list[onnx.NodeProto]]:
+        """Matrix products by the module they came from."""
+        found: dict[str, list[onnx.NodeProto]] = {}
+        for node in self._graph.node:
+            scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+            # The names of the modules from the root inwards, then the operation's own: a list as Python prints it.
+            names = re.findall("'([^']*)'", scopes)
+            if len(names) > 1 and node.op_type in ("MatMul", "Gemm", "MatMulNBits", "FusedMatMul"):
+                found.setdefault(names[-2], []).append(node)
+        return found
+
+    def _look_by_scope(self, name: str) -> _Matrix:
+        nodes = self._scopes.get(name.removesuffix(".weight"), [])
+        if [node.op_type for node in nodes] != ["MatMul"]:
+            what = f"a `{nodes[0].op_type}`, one of {len(nodes)}" if nodes else "not there"
+            raise NestError(
+                f"the matrix product of `{name}` in `{self.path}` is {what}",
+                mend="only PyTorch's own export can be patched, with its metadata; is this the patch's base?",
+            )
+        weight, transposed = nodes[0].input[1], True
+        makers = [node for node in self._graph.node if weight in node.output]
+        if makers and makers[0].op_type == "Transpose" and self._users(weight) == 1:
+            weight, transposed = makers[0].input[0], False
+        array = self._arrays.get(weight)
+        if array is None or weight == nodes[0].input[0]:
+            raise NestError(f"the weight `{weight}` for `{name}` of `{self.path}` is not in its data file")
+        if self._users(weight) != 1:
+            raise NestError(f"the weight `{weight}` for `{name}` of `{self.path}` is used in several places")
+        self._check_plain(name, array)
+        return _Matrix(array, transposed)
+
+    def _users(self, value: str) -> int:
+        return sum(value == taken for node in self._graph.node for taken in node.input)
+
+    def _look_by_name(self, name: str) -> _Matrix:
         stem = f"{name.removesuffix('.weight')}.MatMul.weight"
         users = [node for node in self._graph.node if any(i == stem or i.startswith(f"{stem}_") for i in node.input)]
         if len(users) != 1 or users[0].op_type not in ("MatMul", "MatMulNBits"):
@@ -125,10 +173,8 @@ class OnnxCheckpoint(Checkpoint):
         if weight is None or node.input[1] == node.input[0]:
             raise NestError(f"the weight `{stem}` of `{self.path}` is not in its data file")
         if node.op_type == "MatMul":
-            if weight.type not in _DTYPES or len(weight.shape) != 2:
-                raise NestError(f"the weight `{stem}` of `{self.path}` has the ONNX type `{weight.type}`")
-            self._check_length(stem, weight, _SIZES[_DTYPES[weight.type]])
-            return _Matrix(weight)
+            self._check_plain(stem, weight)
+            return _Matrix(weight, transposed=True)
         values = {attribute.name: attribute.i for attribute in node.attribute}
         bits, block = values.get("bits", 4), values.get("block_size", 0)
         scales = inputs[1] if len(inputs) > 1 else None
@@ -149,7 +195,12 @@ class OnnxCheckpoint(Checkpoint):
             raise NestError(f"the quantised weight `{stem}` of `{self.path}` has the shape `{list(weight.shape)}`")
         self._check_length(stem, weight, 1)
         self._check_length(stem, scales, _SIZES[_DTYPES[scales.type]])
-        return _Matrix(weight, scales, bits, block)
+        return _Matrix(weight, False, scales, bits, block)
+
+    def _check_plain(self, name: str, weight: _Array) -> None:
+        if weight.type not in _DTYPES or len(weight.shape) != 2:
+            raise NestError(f"the weight `{name}` of `{self.path}` has the ONNX type `{weight.type}`")
+        self._check_length(name, weight, _SIZES[_DTYPES[weight.type]])
 
     def _check_length(self, name: str, array: _Array, size: int) -> None:
         if array.length != int(np.prod(array.shape, dtype=np.int64)) * size:
@@ -160,24 +211,25 @@ class OnnxCheckpoint(Checkpoint):
         return f"int{matrix.bits}" if matrix.scales is not None else _DTYPES[matrix.weight.type]
 
     def locate(self, name: str, shape: Sequence[int], rows: NDArray[np.integer[Any]]) -> list[Place]:
-        weight, scales, bits, block = self._matrix(name)
+        weight, transposed, scales, bits, block = self._matrix(name)
         count, width = shape
-        plain = scales is None
-        found = tuple(reversed(weight.shape)) if plain else weight.shape
-        wanted = (count, width) if plain else (count, -(-width // block), block * bits // 8)
+        found = tuple(reversed(weight.shape)) if transposed else weight.shape
+        wanted = (count, width) if scales is None else (count, -(-width // block), block * bits // 8)
         if found != wanted:
             raise NestError(
                 f"the weight for `{name}` of `{self.path}` has the shape `{list(found)}`, not that of `{list(shape)}`",
                 mend="is this the patch's base?",
             )
-        if scales is None:
+        if transposed:
             size = _SIZES[_DTYPES[weight.type]]
             offsets = (weight.begin + rows.astype(np.int64) * size).tolist()
             return [Place(weight.file, size, size * count, width, offsets)]
-        return [plain_places(array.file, array.begin, array.length // count, rows) for array in (weight, scales)]
+        return [
+            plain_places(array.file, array.begin, array.length // count, rows) for array in (weight, scales) if array
+        ]
 
     def decode(self, name: str, stored: list[Bytes], width: int) -> Floats:
-        _, scales, bits, block = self._matrix(name)
+        _, _, scales, bits, block = self._matrix(name)
         if scales is None:
             return widen(stored[0], self.dtype(name), width)
         factors = widen(stored[1], _DTYPES[scales.type], -(-width // block))
@@ -189,7 +241,7 @@ class OnnxCheckpoint(Checkpoint):
         return np.ascontiguousarray(values[:, :width])
 
     def encode(self, name: str, values: Floats, places: list[Place]) -> list[Bytes]:
-        _, scales, bits, block = self._matrix(name)
+        _, _, scales, bits, block = self._matrix(name)
         if scales is None:
             return [narrow(values, self.dtype(name))]
         return _quantise(values, bits, block, _DTYPES[scales.type])

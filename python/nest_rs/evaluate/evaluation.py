@@ -44,8 +44,8 @@ class Evaluation:
         early: End a batch of answers where no refusal verdict can change any more.
 
     Raises:
-        NestError: another backend than torch is to measure more than answers, two results would have one name, judges have no
-            answers to judge, or a utility file cannot be scored.
+        NestError: another backend than torch is to measure more than answers, two results would have one name, judges
+            have no answers to judge, or a utility file cannot be scored.
     """
 
     suites: Sequence[Suite] = ()
