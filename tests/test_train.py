@@ -23,7 +23,7 @@ from nest_rs.models import Base, load_model
 from nest_rs.prefix import shared_prefix
 from nest_rs.prompts import Prompt, encode, refusals, render
 from nest_rs.sites import find_sites
-from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, refusal_examples
+from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, plain_texts, refusal_examples
 from nest_rs.train import (
     IGNORED,
     Example,
@@ -223,6 +223,59 @@ def test_a_step_carries_the_hidden_states_of_its_harmless_answers() -> None:
         assert torch.equal(item["states"], torch.cat([example.states for example in chosen]))
         kept = item["labels"][~item["refuse"]] != IGNORED
         assert len(item["states"]) == kept.sum()
+
+
+def test_steps_take_the_windows_of_plain_text_in_turn() -> None:
+    texts = [Example([7], [8, 9, 10], torch.randn(3, 6)), Example([11], [12, 13])]
+    steps = Steps(examples(13, 1), examples(9, 2), texts, batch_size=8, steps=3, seed=0, pad=PAD)
+    for index, (ids, known) in enumerate([([7, 8, 9, 10], True), ([11, 12, 13], False), ([7, 8, 9, 10], True)]):
+        text = steps[index]["text"]
+        assert text["input_ids"].tolist() == [ids]
+        assert text["labels"].tolist() == [ids[1:]]
+        assert text["prefix"].shape == (1, 0)
+        assert ("states" in text) == known
+
+
+def test_plain_text_is_the_training_prompts_with_the_states_that_predict_them(
+    tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [Prompt(f"{i}", f"request number {i} about bread", "benign", "", "", "train") for i in range(60)]
+    texts = plain_texts(tiny_model, tokenizer, prompts, seed=0)
+    assert len(texts) > 1
+    for text in texts:
+        batch = collate([text], PAD) | {"refuse": torch.tensor([False])}
+        with torch.no_grad():
+            wanted = answer_logits(tiny_model, batch)[0]
+        assert text.states is not None
+        found = tiny_model.get_output_embeddings()(text.states)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert [text.prompt for text in texts] == [text.prompt for text in plain_texts(tiny_model, tokenizer, prompts, 0)]
+
+
+def test_weight_on_plain_text_keeps_the_tuned_model_near_the_base_there(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    steps = Steps(
+        examples(13, 1), examples(9, 2), [Example([40], [41, 42, 43, 44])], batch_size=8, steps=30, seed=0, pad=PAD
+    )
+    drift = {}
+    for weight in (0.0, 20.0):
+        model = peft_model(tiny)
+        train_deltas(
+            model,
+            tokenizer,
+            steps,
+            output_dir=str(tmp_path / str(weight)),
+            learning_rate=2e-2,
+            benign_loss="kl",
+            benign_weight=1.0,
+            text_weight=weight,
+            seed=0,
+        )
+        with torch.no_grad():
+            text = steps[0]["text"]
+            drift[weight] = float(kl_loss(answer_logits(model, text), base_logits(model, text), text["labels"]))
+    assert 0 < drift[20.0] < drift[0.0] / 2
 
 
 def test_batches_that_meet_are_of_like_length() -> None:

@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "benign_weight": 1.0,
         "first_weight": 0.0,
         "margin_weight": 0.0,
+        "text_weight": 0.0,
         "whiten": None,
         "learning_rate": 1e-2,
         "twin_share": 0.0,
@@ -55,7 +56,7 @@ class TuneConfig(BaseModel):
     threads: int | None = Field(None, ge=1, description="processor threads (default: all)")
 
     projections: tuple[Literal["gate", "up"], ...] = Field(("gate", "up"), description="where neurons are looked for")
-    depth: tuple[float, float] = Field((0.33, 1.0), description="between which shares of the layers")
+    depth: tuple[float, float] = Field((0.5, 1.0), description="between which shares of the layers")
     c: float = Field(1.0, gt=0, description="inverse L2 strength of the probes")
     z: float = Field(2.0, description="select rows whose coefficient stands out by more standard deviations")
     positive: bool = Field(True, description="select positive coefficients only")
@@ -65,12 +66,12 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(2.5, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(2.0, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(32, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(2, ge=1, description="parts that a step is computed in; more parts take less memory")
-    learning_rate: float = Field(3e-3, gt=0, description="peak rate of AdamW")
+    learning_rate: float = Field(5e-3, gt=0, description="peak rate of AdamW")
     whiten: float | None = Field(
-        0.1, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
+        1.0, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
     )
     first_weight: float = Field(
         0.5, ge=0, lt=1, description="share of the first answer token in the loss; 0: all alike"
@@ -80,6 +81,7 @@ class TuneConfig(BaseModel):
     )
     benign_weight: float = Field(4.0, ge=0, description="weight of the harmless term")
     margin_weight: float = Field(1.0, ge=0, description="weight of the first harmless token's margin over a refusal's")
+    text_weight: float = Field(8.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.2, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 

@@ -296,6 +296,7 @@ class Run:
                 accumulate=data.parts,
                 first_weight=config.first_weight,
                 margin_weight=config.margin_weight,
+                text_weight=config.text_weight,
                 seed=config.seed,
                 bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,
                 resume=config.resume and any(checkpoints.glob("checkpoint-*")),

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Tokens of a window of plain text, and how many windows at most.
+_WINDOW = 96
+_WINDOWS = 128
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -88,16 +92,43 @@ def training_data(
     benign = helpful_examples(
         tokenizer, chosen, [known[item.id] for item in chosen], room=room, max_tokens=config.answer_tokens
     )
+    texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
     steps = Steps(
         harmful,
         benign,
+        texts,
         batch_size=config.batch_size // parts,
         steps=count * parts,
         seed=config.seed,
         pad=tokenizer.pad_token_id,
     )
     return TrainingData(harmful, benign, steps, count)
+
+
+def plain_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], seed: int
+) -> list[Example]:
+    """Windows of running text on which the tuned model should predict what the base predicts: outside of a chat.
+
+    The text is the training requests of all kinds, in random order, without chat markup. Each window is an example that
+    answers its first token with all others; it carries the base's states, unless the base's logits are more than its
+    head makes of them.
+    """
+    texts = [item.prompt for item in prompts]
+    random.Random(seed).shuffle(texts)
+    ids = encode(tokenizer, ["\n\n".join(texts)])[0]
+    width = min(_WINDOW, len(ids))
+    windows = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)][:_WINDOWS]
+    if not head_makes_logits(model):
+        return [Example(window[:1], window[1:]) for window in windows]
+    examples = []
+    with torch.no_grad():
+        for window in windows:
+            tokens = torch.tensor([window], device=model.device)
+            states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1].cpu()
+            examples.append(Example(window[:1], window[1:], states))
+    return examples
 
 
 def own_answers(

@@ -42,7 +42,8 @@ class Example:
     states: torch.Tensor | None = None
 
 
-Batch = dict[str, torch.Tensor]
+# Tensors, and under `text` a batch of its own.
+Batch = dict[str, Any]
 
 
 def collate(examples: Sequence[Example], pad: int, prefix: Sequence[int] = ()) -> Batch:
@@ -81,11 +82,20 @@ class Steps(Dataset[Batch]):
     """
 
     def __init__(
-        self, harmful: Sequence[Example], benign: Sequence[Example], *, batch_size: int, steps: int, seed: int, pad: int
+        self,
+        harmful: Sequence[Example],
+        benign: Sequence[Example],
+        texts: Sequence[Example] = (),
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        pad: int,
     ) -> None:
         half = max(1, batch_size // 2)
         rng = random.Random(seed)
         self.pad = pad
+        self.texts = texts
         self.prefix = shared_prefix([example.prompt for example in (*harmful, *benign)])
         refuse, keep = _batches(harmful, half, steps, rng), _batches(benign, half, steps, rng)
         # Within an epoch of harmful requests, batches of like length meet: less padding.
@@ -101,14 +111,24 @@ class Steps(Dataset[Batch]):
         return len(self.steps)
 
     def __getitem__(self, index: int) -> Batch:
-        """What `collate` makes of the step's examples, the harmful ones first; `refuse` [n] says which those are."""
+        """What `collate` makes of the step's examples, the harmful ones first; `refuse` [n] says which those are.
+
+        `text` is another such batch, of one window of plain text, where there are any.
+        """
         refuse, keep = self.steps[index]["harmful"], self.steps[index]["benign"]
         batch = collate([*refuse, *keep], self.pad, self.prefix)
-        states = [example.states for example in keep if example.states is not None]
-        if len(states) == len(keep):
-            batch["states"] = torch.cat(states)
-        batch["refuse"] = torch.tensor([True] * len(refuse) + [False] * len(keep))
+        batch |= _kept(keep, len(refuse))
+        if self.texts:
+            text = [self.texts[index % len(self.texts)]]
+            batch["text"] = collate(text, self.pad) | _kept(text, 0)
         return batch
+
+
+def _kept(keep: Sequence[Example], refused: int) -> Batch:
+    """What `base_logits` needs to know of a batch: which rows keep the base's answers, and its states where known."""
+    states = [example.states for example in keep if example.states is not None]
+    known = {"states": torch.cat(states)} if len(states) == len(keep) else {}
+    return {"refuse": torch.tensor([True] * refused + [False] * len(keep)), **known}
 
 
 def _length(batch: Sequence[Example]) -> int:
@@ -236,6 +256,7 @@ def train_deltas(
     accumulate: int = 1,
     first_weight: float = 0.0,
     margin_weight: float = 0.0,
+    text_weight: float = 0.0,
     whitening: Mapping[str, torch.Tensor] | None = None,
     bf16: bool = False,
     reference: PreTrainedModel | None = None,
@@ -257,6 +278,7 @@ def train_deltas(
         accumulate: Parts (items) of a step; their gradients are averaged. The number of items is a multiple of it.
         first_weight: The first answer token's share of the loss; 0 weighs all tokens alike.
         margin_weight: Weight of `margin_loss`.
+        text_weight: Weight of the divergence from the base on the steps' plain text.
         whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
         bf16: Autocast to bfloat16 (a model already in bfloat16 needs none).
         reference: See `base_logits`.
@@ -290,6 +312,11 @@ def train_deltas(
                 loss = loss + margin_weight * margin_loss(
                     logits[~refuse, 0], opening[~refuse], torch.unique(opening[refuse])
                 )
+            if text_weight and "text" in inputs:
+                text = inputs["text"]
+                with torch.no_grad():
+                    base = base_logits(self.accelerator.unwrap_model(model), text, reference)
+                loss = loss + text_weight * kl_loss(answer_logits(model, text), base, text["labels"])
             return loss
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
