@@ -5,8 +5,8 @@ Usage: python benches/gpu.py [--device cuda] [--shapes 1b 3b 8b smollm2-135m] [-
 Weights are made on the device, in bfloat16. For each shape: a training step of NeST (`train_deltas`), of LoRA (r = 8 on
 the same sites), of full fine-tuning (AdamW in bfloat16; left out where it does not fit) and of the frozen model
 (forward, and backward to the first tuned layer), each with the peak of memory; and probing beside a plain forward pass
-of the same batches. `smollm2-135m` stands for the built-in model itself. `--device cpu --shapes tiny` only shows that it
-runs.
+of the same batches. `smollm2-135m` stands for the built-in model itself. `--device cpu --shapes tiny` only shows
+that it runs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Usage: python benches/trl_lora.py [--steps 235] [--model smollm2-135m] [--limit 
 
 The same requests, refusals and answers of the base, as many steps of as many requests, half of each class, the loss on
 the answer tokens; the adapter (r = 8 on the gate and up projections where NeST looks) is merged and saved, and base and
-tuned model are judged on the same suites. Needs the extras `bench` and `test` (trl).
+tuned model are judged on the same suites. Needs the extra `bench`.
 """
 
 from __future__ import annotations
