@@ -50,11 +50,12 @@ Rows = list[dict[str, Any]]
 
 
 def in_turn(work: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, one after the other, again and again; the first round does not count."""
+    """Median seconds of each, in turn, each round begun by another; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats + 1):
-        for name, call in work.items():
-            seconds[name].append(timed(call, CPU))
+    for number in range(repeats + 1):
+        first = number % len(work)
+        for name in [*work][first:] + [*work][:first]:
+            seconds[name].append(timed(work[name], CPU))
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import write_prompts
 
@@ -63,3 +64,22 @@ def test_only_the_first_process_writes(runs: dict[str, Path]) -> None:
     assert listed[0] == listed[1]
     lines = [len((run / "run.jsonl").read_text().splitlines()) for run in (runs["one"], runs["two"])]
     assert lines[0] == lines[1]
+
+
+def test_a_model_sharded_by_fsdp2_takes_the_same_steps(tiny: Path) -> None:
+    script = str(Path(__file__).with_name("sharded.py"))
+    found = []
+    for launcher in ([], TWO[: -len(ONE)]):
+        done = subprocess.run(
+            [sys.executable, *launcher, script, str(tiny)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    one, two = found
+    assert one["losses"][-1] < one["losses"][0]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    torch.testing.assert_close(torch.tensor(two["deltas"]), torch.tensor(one["deltas"]), atol=1e-4, rtol=1e-3)

@@ -129,7 +129,8 @@ def _take_up(
         _journal(path).write_text("")
         ActivationStore.create(path, widths, len(ids), dtype=_STORE_DTYPES[dtype], metadata={"work": work}).close()
     wait()
-    return ActivationStore.resume(path), {int(line) for line in _journal(path).read_text().split()}
+    whole_lines, _, _ = _journal(path).read_text().rpartition("\n")
+    return ActivationStore.resume(path), {int(line) for line in whole_lines.split()}
 
 
 def _is_unfinished(path: Path, work: str) -> bool:

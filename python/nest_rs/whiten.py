@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
 
@@ -100,11 +101,17 @@ class WhitenedAdamW(torch.optim.AdamW):
         loss = closure() if closure else None
         moving = [(u, a) for u, a in self._whitening.items() if u.grad is not None]
         for u, a in moving:
-            u.grad = u.grad @ a  # type: ignore[operator]  # dL/dV
-            v = self.state[u].get("whitened") if u in self.state else torch.linalg.solve(a, u.T).T
-            u.copy_(v)
+            rows, gradient = _own_rows(u), _own_rows(u.grad)  # type: ignore[arg-type]
+            gradient.copy_(gradient @ a)  # dL/dV
+            rows.copy_(self.state[u].get("whitened") if u in self.state else torch.linalg.solve(a, rows.T).T)
         super().step()
         for u, a in moving:
-            self.state[u]["whitened"] = u.detach().clone()
-            u.copy_(u @ a)
+            rows = _own_rows(u)
+            self.state[u]["whitened"] = rows.detach().clone()
+            rows.copy_(rows @ a)
         return loss
+
+
+def _own_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that FSDP2 may have sharded by rows; A works on each row alone."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,37 @@
+"""The benches run, on models too small to say anything of speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHES = Path(__file__).parent.parent / "benches"
+
+
+def run(script: str, *arguments: object) -> Any:
+    command = [sys.executable, str(BENCHES / script), *map(str, arguments), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_the_bench_of_one_accelerator_runs_on_a_processor() -> None:
+    arguments = ["--device", "cpu", "--shapes", "tiny", "--requests", 4, "--tokens", 16, "--probed", 8, "--repeats", 1]
+    rows = run("gpu.py", *arguments)["tiny"]
+    assert list(rows) == ["nest", "lora", "frozen", "full", "forward", "probe"]
+    assert all(row["tokens/s"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(("part", "rows"), [("probe", 2), ("train", 4)])
+def test_the_bench_of_the_engine_runs(part: str, rows: int, tiny: Path) -> None:
+    found = run("engine.py", part, "--model", tiny, "--threads", 1, "--repeats", 1, "--prompts", 12)[part]
+    assert len(found) == rows
+    assert all(row["tokens/s"] > 0 for row in found)
