@@ -67,14 +67,18 @@ pub(crate) struct Packed {
 
 impl Packed {
     /// Packs some rows as columns.
-    pub fn new(rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) -> Self {
+    pub fn new(rows: &impl Rows, which: impl ExactSizeIterator<Item = usize> + Clone) -> Self {
         let mut packed = Packed::default();
         packed.refill(rows, which);
         packed
     }
 
     /// The same, reusing the memory.
-    pub fn refill(&mut self, rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) {
+    pub fn refill(
+        &mut self,
+        rows: &impl Rows,
+        which: impl ExactSizeIterator<Item = usize> + Clone,
+    ) {
         let lanes = kernels(active_isa()).lanes;
         self.columns = which.len();
         self.dim = rows.dim();
@@ -86,20 +90,16 @@ impl Packed {
         let padded = self.padded();
         self.panels.clear();
         self.panels.resize(padded * self.dim, 0.0);
-        self.row.resize(self.dim, 0.0);
-        for (c, i) in which.enumerate() {
-            rows.read(i, 0, &mut self.row);
-            let (panel, lane) = (c / self.width, c % self.width);
-            for (start, depth) in blocks(self.dim) {
-                let at = start * padded + panel * depth * self.width + lane;
-                let block = &mut self.panels[at..];
-                for (slot, &v) in block
-                    .iter_mut()
-                    .step_by(self.width)
-                    .zip(&self.row[start..start + depth])
-                {
-                    *slot = v;
-                }
+        self.row.resize(DEPTH, 0.0);
+        let (width, row) = (self.width, &mut self.row);
+        // A panel of one block stays in cache while its columns are scattered into it.
+        for (start, depth) in blocks(self.dim) {
+            let block = &mut self.panels[start * padded..(start + depth) * padded];
+            for (c, i) in which.clone().enumerate() {
+                rows.read(i, start, &mut row[..depth]);
+                let panel = &mut block[c / width * depth * width..][..depth * width];
+                let lane = panel[c % width..].iter_mut().step_by(width);
+                lane.zip(&row[..depth]).for_each(|(slot, &v)| *slot = v);
             }
         }
     }
@@ -222,18 +222,7 @@ pub(crate) fn chains(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        (0..n)
-            .map(|_| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
+    use crate::kernel::noise;
 
     /// What the documentation promises of the bits.
     fn chain(form: Form, x: &[f32], y: &[f32]) -> f32 {
