@@ -90,16 +90,24 @@ impl Packed {
         let padded = self.padded();
         self.panels.clear();
         self.panels.resize(padded * self.dim, 0.0);
-        self.row.resize(DEPTH, 0.0);
+        self.row.resize(SLAB, 0.0);
         let (width, row) = (self.width, &mut self.row);
-        // A panel of one block stays in cache while its columns are scattered into it.
-        for (start, depth) in blocks(self.dim) {
-            let block = &mut self.panels[start * padded..(start + depth) * padded];
+        // Long runs of a row, and few enough that the panels they are scattered into stay in cache.
+        for slab in (0..self.dim).step_by(SLAB) {
+            let len = SLAB.min(self.dim - slab);
+            let mut ahead = which.clone().skip(1);
             for (c, i) in which.clone().enumerate() {
-                rows.read(i, start, &mut row[..depth]);
-                let panel = &mut block[c / width * depth * width..][..depth * width];
-                let lane = panel[c % width..].iter_mut().step_by(width);
-                lane.zip(&row[..depth]).for_each(|(slot, &v)| *slot = v);
+                if let Some(next) = ahead.next() {
+                    rows.prefetch(next, slab, len);
+                }
+                rows.read(i, slab, &mut row[..len]);
+                for (start, depth) in blocks(len) {
+                    let block = &mut self.panels[(slab + start) * padded..];
+                    let panel = &mut block[c / width * depth * width..][..depth * width];
+                    let lane = panel[c % width..].iter_mut().step_by(width);
+                    lane.zip(&row[start..start + depth])
+                        .for_each(|(slot, &v)| *slot = v);
+                }
             }
         }
     }
@@ -152,8 +160,13 @@ pub(crate) fn tile<'s>(
     for (start, depth) in blocks(dim) {
         let within = start % SLAB;
         if within == 0 {
+            let len = SLAB.min(dim - start);
+            let mut ahead = which.clone().skip(1);
             for (i, point) in which.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
-                rows.read(i, start, &mut point[..SLAB.min(dim - start)]);
+                if let Some(next) = ahead.next() {
+                    rows.prefetch(next, start, len);
+                }
+                rows.read(i, start, &mut point[..len]);
             }
         }
         let block = &columns.panels[start * stride..(start + depth) * stride];
