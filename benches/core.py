@@ -96,12 +96,12 @@ def lloyd_peers(x: np.ndarray, init: np.ndarray | None, k: int, iterations: int,
     """Contestants for k-means: from `init`, or each with its own best seeding."""
     n, d = x.shape
 
+    start: Any = "k-means++" if init is None else init
+
     def ours() -> np.ndarray:
-        start: Any = "k-means++" if init is None else init
         return KMeans(k, init=start, max_iter=iterations, tol=0, n_threads=threads).fit(x).cluster_centers_
 
     def sklearn() -> np.ndarray:
-        start: Any = "k-means++" if init is None else init
         model = cluster.KMeans(k, init=start, n_init=1, max_iter=iterations, tol=0, random_state=0)
         return model.fit(x).cluster_centers_
 
@@ -148,25 +148,27 @@ def scaled(n: int, scale: float, least: int = 64) -> int:
     return max(least, int(n * scale))
 
 
-def lloyd(scale: float, threads: int, repeats: int) -> list[Entry]:
+def from_rows(shape: tuple[int, int, int], spread: float, iterations: int, *run: Any) -> list[Entry]:
+    """k-means on blobs of `shape` (n, d, k), started from k of the rows."""
+    (n, d, k), (scale, threads, repeats) = shape, run
+    x = blobs(scaled(n, scale, 10 * k), d, k, spread)
+    init = x[np.random.default_rng(1).choice(len(x), k, replace=False)]
+    return race(lloyd_peers(x, init, k, iterations, threads), repeats)
+
+
+def lloyd(*run: Any) -> list[Entry]:
     """k-means, 100,000 x 1,000, k = 256, 25 iterations, same start"""
-    x = blobs(scaled(100_000, scale, 2560), 1000, 256, 0.08)
-    init = x[np.random.default_rng(1).choice(len(x), 256, replace=False)]
-    return race(lloyd_peers(x, init, 256, 25, threads), repeats)
+    return from_rows((100_000, 1000, 256), 0.08, 25, *run)
 
 
-def lloyd_spread(scale: float, threads: int, repeats: int) -> list[Entry]:
+def lloyd_spread(*run: Any) -> list[Entry]:
     """the same with clusters three times as far apart"""
-    x = blobs(scaled(100_000, scale, 2560), 1000, 256, 0.25)
-    init = x[np.random.default_rng(1).choice(len(x), 256, replace=False)]
-    return race(lloyd_peers(x, init, 256, 25, threads), repeats)
+    return from_rows((100_000, 1000, 256), 0.25, 25, *run)
 
 
-def lloyd_tall(scale: float, threads: int, repeats: int) -> list[Entry]:
+def lloyd_tall(*run: Any) -> list[Entry]:
     """k-means, 1,000,000 x 128, k = 1,000, 10 iterations, same start"""
-    x = blobs(scaled(1_000_000, scale, 10_000), 128, 1000, 0.3)
-    init = x[np.random.default_rng(1).choice(len(x), 1000, replace=False)]
-    return race(lloyd_peers(x, init, 1000, 10, threads), repeats)
+    return from_rows((1_000_000, 128, 1000), 0.3, 10, *run)
 
 
 def fit(scale: float, threads: int, repeats: int) -> list[Entry]:
@@ -270,9 +272,9 @@ def probe(scale: float, threads: int, repeats: int) -> list[Entry]:
         model = LogisticProbe(n_threads=threads).fit(x, y)
         return model.coef_, model.intercept_
 
-    def sklearn() -> tuple[np.ndarray, float]:
-        model = linear_model.LogisticRegression(C=1.0, max_iter=10_000)
-        model.fit(x.astype(np.float32), y)
+    def sklearn(dtype: type, tol: float) -> tuple[np.ndarray, float]:
+        model = linear_model.LogisticRegression(C=1.0, tol=tol, max_iter=100_000)
+        model.fit(x.astype(dtype), y)
         return model.coef_[0].astype(np.float64), float(model.intercept_[0])
 
     def adam() -> tuple[np.ndarray, float]:
@@ -297,7 +299,9 @@ def probe(scale: float, threads: int, repeats: int) -> list[Entry]:
     return race(
         [
             Entry("nest-rs", ours, worth),
-            Entry("scikit-learn lbfgs", sklearn, worth),
+            Entry("scikit-learn lbfgs", lambda: sklearn(np.float32, 1e-4), worth),
+            Entry("scikit-learn lbfgs, tol 1e-9", lambda: sklearn(np.float32, 1e-9), worth),
+            Entry("the same in float64", lambda: sklearn(np.float64, 1e-9), worth),
             Entry("torch Adam, 5,000 epochs", adam, worth),
         ],
         repeats,

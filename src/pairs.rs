@@ -1,12 +1,10 @@
-//! The squared distances between all rows, where there are few enough to keep them.
-
-use std::sync::Mutex;
+//! The squared distances or products between all rows, where there are few enough to keep them.
 
 use crate::error::Result;
 use crate::kernel::{BLOCK, Form, Packed, Rows, Scratch, Screen, tile, vector};
 use crate::pool::Workers;
 
-/// Rows a task; no bit depends on it.
+/// Columns packed at once; no bit depends on it.
 const WIDTH: usize = 2 * BLOCK;
 
 /// All squared distances, in f32, computed as [`tile`] does: `4 n^2` bytes.
@@ -23,27 +21,13 @@ impl Pairs {
     pub fn new(rows: &impl Rows, workers: &Workers) -> Result<Self> {
         let n = rows.rows();
         let mut squares = vec![0.0f32; n * n];
-        // Bands of rows right of the diagonal, the longest first, and then the mirror image.
-        let bands: Vec<Mutex<&mut [f32]>> = squares.chunks_mut(WIDTH * n).map(Mutex::new).collect();
-        let scratch = || (Scratch::default(), Packed::default());
-        workers.each_with(0..bands.len(), scratch, |(scratch, columns), band| {
-            let mut out = bands[band].lock().unwrap_or_else(|e| e.into_inner());
-            let own = band * WIDTH..((band + 1) * WIDTH).min(n);
-            for from in (own.start..n).step_by(WIDTH) {
-                let across = from..(from + WIDTH).min(n);
-                columns.refill(rows, across.clone());
-                for start in own.clone().step_by(BLOCK) {
-                    let block = start..(start + BLOCK).min(own.end);
-                    let form = Form::SquaredDistance;
-                    let products = tile(form, rows, block.clone(), columns, scratch);
-                    for (i, row) in block.zip(products.chunks_exact(columns.padded())) {
-                        out[(i - own.start) * n..][across.clone()]
-                            .copy_from_slice(&row[..across.len()]);
-                    }
-                }
-            }
-        })?;
-        drop(bands);
+        below_diagonal(
+            Form::SquaredDistance,
+            rows,
+            &mut squares,
+            |i| i * n,
+            workers,
+        )?;
         mirror(&mut squares, n);
         Ok(Pairs { squares, n })
     }
@@ -114,14 +98,65 @@ impl Roots {
     }
 }
 
-/// Copies what is right of the diagonal to the left, in blocks that stay in cache.
+/// Fills a triangular matrix: row i of `out` begins at `place(i)` and takes its columns up to the diagonal,
+/// and those beyond that its block holds and it has room for. The bits are those of [`tile`].
+pub(crate) fn below_diagonal(
+    form: Form,
+    rows: &impl Rows,
+    out: &mut [f32],
+    place: impl Fn(usize) -> usize + Sync,
+    workers: &Workers,
+) -> Result<()> {
+    let n = rows.rows();
+    // High enough that packing the columns costs little, low enough that there is work for all.
+    let height = (n / 16).next_multiple_of(BLOCK).clamp(BLOCK, 4 * BLOCK);
+    let mut bands = Vec::new();
+    let mut rest = out;
+    for from in (0..n).step_by(height) {
+        let own = from..(from + height).min(n);
+        let (band, after) = rest.split_at_mut(place(own.end) - place(from));
+        bands.push((own, band));
+        rest = after;
+    }
+    // The longest first.
+    let scratch = || (Scratch::default(), Packed::default());
+    workers.each_with(
+        bands.into_iter().rev(),
+        scratch,
+        |(scratch, columns), (own, band)| {
+            for from in (0..own.end).step_by(WIDTH) {
+                if workers.check().is_err() {
+                    return; // as the caller will find
+                }
+                let across = from..(from + WIDTH).min(own.end);
+                columns.refill(rows, across.clone());
+                for start in own.clone().step_by(BLOCK) {
+                    let block = start..(start + BLOCK).min(own.end);
+                    if block.end <= from {
+                        continue;
+                    }
+                    let values = tile(form, rows, block.clone(), columns, scratch);
+                    for (i, row) in block.zip(values.chunks_exact(columns.padded())) {
+                        let end = across.end.min(place(i + 1) - place(i));
+                        if let Some(row) = row.get(..end.saturating_sub(from)) {
+                            let at = place(i) - place(own.start) + from;
+                            band[at..at + row.len()].copy_from_slice(row);
+                        }
+                    }
+                }
+            }
+        },
+    )
+}
+
+/// Copies what is left of the diagonal to the right, in blocks that stay in cache.
 fn mirror(x: &mut [f32], n: usize) {
     const SIDE: usize = 32;
     for top in (0..n).step_by(SIDE) {
         for left in (0..=top).step_by(SIDE) {
             for i in top..(top + SIDE).min(n) {
                 for j in left..(left + SIDE).min(i) {
-                    x[i * n + j] = x[j * n + i];
+                    x[j * n + i] = x[i * n + j];
                 }
             }
         }

@@ -309,10 +309,14 @@ impl Sums {
 }
 
 fn transpose(x: &[f32], stride: usize, rows: usize, cols: usize, out: &mut Vec<f32>) {
+    /// Columns whose lines stay in cache while they are written.
+    const SIDE: usize = 16;
     out.resize(rows * cols, 0.0);
-    for i in 0..rows {
-        for (j, &v) in x[i * stride..][..cols].iter().enumerate() {
-            out[j * rows + i] = v;
+    for left in (0..cols).step_by(SIDE) {
+        for j in left..(left + SIDE).min(cols) {
+            let column = x[j..].iter().step_by(stride);
+            let out = &mut out[j * rows..(j + 1) * rows];
+            out.iter_mut().zip(column).for_each(|(o, &v)| *o = v);
         }
     }
 }

@@ -11,6 +11,8 @@ use core::arch::x86_64::{
 };
 
 use super::tile::{BLOCK, Rows};
+use crate::error::Result;
+use crate::pool::Workers;
 
 /// Coordinates a block: the length of one chain of additions.
 pub(super) const DEPTH: usize = 512;
@@ -88,6 +90,70 @@ impl Packed {
     }
 }
 
+/// Rows rounded once, for several passes over them.
+pub(super) struct Rounded {
+    words: Vec<u32>,
+    squares: Vec<Squares>,
+    /// Words a row: whole vectors.
+    stride: usize,
+}
+
+impl Rounded {
+    /// Bytes for such rows.
+    pub fn size(rows: usize, dim: usize) -> usize {
+        4 * rows * (dim.next_multiple_of(2 * LANES) / 2)
+    }
+
+    pub fn new(rows: &impl Rows, workers: &Workers) -> Result<Self> {
+        let (n, dim) = (rows.rows(), rows.dim());
+        let stride = dim.next_multiple_of(2 * LANES) / 2;
+        let mut words = vec![0u32; n * stride];
+        let mut squares = vec![Squares::default(); n];
+        let parts = words
+            .chunks_mut(BLOCK * stride)
+            .zip(squares.chunks_mut(BLOCK));
+        workers.each_with(
+            parts.enumerate(),
+            || vec![0.0f32; SLAB],
+            |row, (part, (words, squares))| {
+                let words = words.chunks_exact_mut(stride);
+                for ((i, words), squares) in (part * BLOCK..).zip(words).zip(squares) {
+                    for start in (0..dim).step_by(SLAB) {
+                        round(rows, i, start, row, &mut words[start / 2..], squares);
+                    }
+                }
+            },
+        )?;
+        Ok(Rounded {
+            words,
+            squares,
+            stride,
+        })
+    }
+
+    /// The words of some coordinates; `start` and `len` as in a slab.
+    fn words(&self, row: usize, start: usize, len: usize) -> &[u32] {
+        &self.words[row * self.stride + start / 2..][..len.next_multiple_of(2 * LANES) / 2]
+    }
+}
+
+/// Rounds a slab of a row.
+fn round(
+    rows: &impl Rows,
+    i: usize,
+    start: usize,
+    row: &mut [f32],
+    words: &mut [u32],
+    squares: &mut Squares,
+) {
+    let len = SLAB.min(rows.dim() - start);
+    rows.read(i, start, &mut row[..len]);
+    // A block at a time: the sums of squares stay short.
+    for (at, depth) in blocks(len) {
+        narrow(&mut row[at..], depth, &mut words[at / 2..], squares);
+    }
+}
+
 /// Memory of one worker.
 #[derive(Default)]
 pub(super) struct Scratch {
@@ -97,8 +163,11 @@ pub(super) struct Scratch {
 
 /// Products of at most [`BLOCK`] rows with the columns, into `tile` (row-major, stride
 /// `columns.padded()`); adds the rows' norms to `squares`.
+///
+/// `rounded`: the same rows, if they have been rounded before.
 pub(super) fn tile(
     rows: &impl Rows,
+    rounded: Option<&Rounded>,
     which: impl ExactSizeIterator<Item = usize> + Clone,
     columns: &Packed,
     scratch: &mut Scratch,
@@ -138,11 +207,13 @@ pub(super) fn tile(
                 .zip(scratch.words.chunks_exact_mut(STRIDE))
                 .zip(&mut *squares)
             {
-                let len = SLAB.min(dim - start);
-                rows.read(i, start, &mut scratch.row[..len]);
-                // A block at a time: the sums of squares stay short.
-                for (at, depth) in blocks(len) {
-                    narrow(&mut scratch.row[at..], depth, &mut words[at / 2..], squares);
+                match rounded {
+                    Some(rounded) => {
+                        let from = rounded.words(i, start, SLAB.min(dim - start));
+                        words[..from.len()].copy_from_slice(from);
+                        *squares = rounded.squares[i];
+                    }
+                    None => round(rows, i, start, &mut scratch.row, words, squares),
                 }
             }
         }
@@ -152,7 +223,11 @@ pub(super) fn tile(
             for i in (0..used).step_by(ROWS) {
                 for piece in wanted * call / calls..wanted * (call + 1) / calls {
                     let at = piece % pieces * PIECE;
-                    rows.prefetch(behind + piece / pieces, at, PIECE.min(dim - at));
+                    let (row, len) = (behind + piece / pieces, PIECE.min(dim - at));
+                    match rounded {
+                        Some(rounded) => super::prefetch(rounded.words(row, at, len)),
+                        None => rows.prefetch(row, at, len),
+                    }
                 }
                 call += 1;
                 // SAFETY: `words` has BLOCK rows of STRIDE >= within / 2 + depth words and i + ROWS

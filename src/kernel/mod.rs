@@ -43,5 +43,19 @@ pub(crate) mod vector;
 
 pub(crate) use isa::check_isa;
 pub use isa::{Isa, active_isa};
-pub(crate) use screen::Screen;
+pub(crate) use screen::{Kept, Screen};
 pub(crate) use tile::{BLOCK, CHAINS, Form, Packed, Rows, Scratch, chains, tile};
+
+/// Uniform in [-1, 1), the same for a seed.
+#[cfg(test)]
+pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}

@@ -44,6 +44,8 @@ use super::brain;
 use super::isa::{Isa, active_isa};
 use super::tile::{self, BLOCK, DEPTH, Form, Rows};
 use super::vector;
+use crate::error::Result;
+use crate::pool::Workers;
 
 /// Relative error of the norms.
 const NORM: f64 = 1e-5;
@@ -70,6 +72,34 @@ enum Columns {
     Single(tile::Packed),
     #[cfg(target_arch = "x86_64")]
     Brain(brain::Packed),
+}
+
+/// Rows kept as a screen multiplies them: passes after the first read half the memory and convert nothing.
+/// No result depends on it.
+#[derive(Default)]
+pub(crate) struct Kept {
+    #[cfg(target_arch = "x86_64")]
+    rounded: Option<brain::Rounded>,
+}
+
+impl Kept {
+    /// Memory that kept rows may take; and from how many coordinates on they are kept.
+    #[cfg(target_arch = "x86_64")]
+    const MOST: (usize, usize) = (250_000_000, 256);
+
+    /// Keeps the rows, if they are long enough to gain from it and few enough to fit.
+    pub fn new(rows: &impl Rows, workers: &Workers) -> Result<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if active_isa() == Isa::Avx512Bf16
+            && rows.dim() >= Self::MOST.1
+            && brain::Rounded::size(rows.rows(), rows.dim()) <= Self::MOST.0
+        {
+            let rounded = Some(brain::Rounded::new(rows, workers)?);
+            return Ok(Kept { rounded });
+        }
+        let _ = (rows, workers);
+        Ok(Kept::default())
+    }
 }
 
 /// What is known of a screened row.
@@ -182,13 +212,16 @@ impl Screen {
         (48 * 1024 / stride / 12 * 12).clamp(12, BLOCK / 2)
     }
 
-    /// Screens at most [`Screen::block`] rows against all columns.
+    /// Screens at most [`Screen::block`] rows, which may have been kept, against all columns.
     pub fn screen<'s>(
         &'s self,
         rows: &impl Rows,
+        kept: &Kept,
         which: impl ExactSizeIterator<Item = usize> + Clone,
         scratch: &'s mut Scratch,
     ) -> Screened<'s> {
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = kept;
         let dim = self.dim;
         scratch.rows.clear();
         let (products, stride): (&[f32], usize) = match &self.columns {
@@ -215,6 +248,7 @@ impl Screen {
                     .resize(which.len(), brain::Squares::default());
                 brain::tile(
                     rows,
+                    kept.rounded.as_ref(),
                     which,
                     packed,
                     &mut scratch.brain,
@@ -323,7 +357,8 @@ mod tests {
             let screen = Screen::new(&c, d, &bias, &which);
             let rows = (&x[..], d);
             let mut scratch = Scratch::default();
-            let screened = screen.screen(&rows, 0..x.len() / d, &mut scratch);
+            let kept = Kept::new(&rows, &Workers::new(Some(1)).unwrap()).unwrap();
+            let screened = screen.screen(&rows, &kept, 0..x.len() / d, &mut scratch);
             let mut exact = tile::Scratch::default();
             for (i, row) in x.chunks(d).enumerate() {
                 let norm = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
@@ -358,7 +393,7 @@ mod tests {
         let which: Vec<u32> = (0..8).collect();
         let screen = Screen::new(&x[d..], d, &[0.0; 8], &which);
         let mut scratch = Scratch::default();
-        let screened = screen.screen(&(&x[..], d), 0..1, &mut scratch);
+        let screened = screen.screen(&(&x[..], d), &Kept::default(), 0..1, &mut scratch);
         let square = screened.rows[0].norm * screened.rows[0].norm;
         assert!(
             screened.width(0) < 0.01 * square,

@@ -67,14 +67,18 @@ pub(crate) struct Packed {
 
 impl Packed {
     /// Packs some rows as columns.
-    pub fn new(rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) -> Self {
+    pub fn new(rows: &impl Rows, which: impl ExactSizeIterator<Item = usize> + Clone) -> Self {
         let mut packed = Packed::default();
         packed.refill(rows, which);
         packed
     }
 
     /// The same, reusing the memory.
-    pub fn refill(&mut self, rows: &impl Rows, which: impl ExactSizeIterator<Item = usize>) {
+    pub fn refill(
+        &mut self,
+        rows: &impl Rows,
+        which: impl ExactSizeIterator<Item = usize> + Clone,
+    ) {
         let lanes = kernels(active_isa()).lanes;
         self.columns = which.len();
         self.dim = rows.dim();
@@ -86,19 +90,23 @@ impl Packed {
         let padded = self.padded();
         self.panels.clear();
         self.panels.resize(padded * self.dim, 0.0);
-        self.row.resize(self.dim, 0.0);
-        for (c, i) in which.enumerate() {
-            rows.read(i, 0, &mut self.row);
-            let (panel, lane) = (c / self.width, c % self.width);
-            for (start, depth) in blocks(self.dim) {
-                let at = start * padded + panel * depth * self.width + lane;
-                let block = &mut self.panels[at..];
-                for (slot, &v) in block
-                    .iter_mut()
-                    .step_by(self.width)
-                    .zip(&self.row[start..start + depth])
-                {
-                    *slot = v;
+        self.row.resize(SLAB, 0.0);
+        let (width, row) = (self.width, &mut self.row);
+        // Long runs of a row, and few enough that the panels they are scattered into stay in cache.
+        for slab in (0..self.dim).step_by(SLAB) {
+            let len = SLAB.min(self.dim - slab);
+            let mut ahead = which.clone().skip(1);
+            for (c, i) in which.clone().enumerate() {
+                if let Some(next) = ahead.next() {
+                    rows.prefetch(next, slab, len);
+                }
+                rows.read(i, slab, &mut row[..len]);
+                for (start, depth) in blocks(len) {
+                    let block = &mut self.panels[(slab + start) * padded..];
+                    let panel = &mut block[c / width * depth * width..][..depth * width];
+                    let lane = panel[c % width..].iter_mut().step_by(width);
+                    lane.zip(&row[start..start + depth])
+                        .for_each(|(slot, &v)| *slot = v);
                 }
             }
         }
@@ -152,8 +160,13 @@ pub(crate) fn tile<'s>(
     for (start, depth) in blocks(dim) {
         let within = start % SLAB;
         if within == 0 {
+            let len = SLAB.min(dim - start);
+            let mut ahead = which.clone().skip(1);
             for (i, point) in which.clone().zip(scratch.points.chunks_exact_mut(STRIDE)) {
-                rows.read(i, start, &mut point[..SLAB.min(dim - start)]);
+                if let Some(next) = ahead.next() {
+                    rows.prefetch(next, start, len);
+                }
+                rows.read(i, start, &mut point[..len]);
             }
         }
         let block = &columns.panels[start * stride..(start + depth) * stride];
@@ -222,18 +235,7 @@ pub(crate) fn chains(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        (0..n)
-            .map(|_| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
+    use crate::kernel::noise;
 
     /// What the documentation promises of the bits.
     fn chain(form: Form, x: &[f32], y: &[f32]) -> f32 {

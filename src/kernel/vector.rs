@@ -84,25 +84,33 @@ multiversion! {
 
     /// [`group_dot`] in f32.
     pub fn group_dot_single(rows: [&[f32]; GROUP], w: &[f32]) -> [f32; GROUP] {
-        let n = w.len();
-        let rows = rows.map(|row| &row[..n]);
-        let whole = n - n % LANES;
-        let mut lanes = [[0.0f32; LANES]; GROUP];
-        for start in (0..whole).step_by(LANES) {
-            let w: &[f32; LANES] = fixed(&w[start..start + LANES]);
-            for (sum, row) in lanes.iter_mut().zip(rows) {
-                let x: &[f32; LANES] = fixed(&row[start..start + LANES]);
-                for l in 0..LANES {
-                    sum[l] += x[l] * w[l];
-                }
+        // Written out row by row: as a loop over the rows it is not vectorised.
+        let [a, b, c, d] = rows.map(|row| &row[..w.len()]);
+        let [mut p, mut q, mut r, mut s] = [[0.0f32; LANES]; GROUP];
+        let chunks = w
+            .chunks_exact(LANES)
+            .zip(a.chunks_exact(LANES).zip(b.chunks_exact(LANES)))
+            .zip(c.chunks_exact(LANES).zip(d.chunks_exact(LANES)));
+        for ((w, (a, b)), (c, d)) in chunks {
+            for l in 0..LANES {
+                p[l] += a[l] * w[l];
+            }
+            for l in 0..LANES {
+                q[l] += b[l] * w[l];
+            }
+            for l in 0..LANES {
+                r[l] += c[l] * w[l];
+            }
+            for l in 0..LANES {
+                s[l] += d[l] * w[l];
             }
         }
-        for (lanes, row) in lanes.iter_mut().zip(rows) {
-            for (l, (&a, &b)) in row[whole..].iter().zip(&w[whole..]).enumerate() {
-                lanes[l] += a * b;
+        let mut out = [0.0; GROUP];
+        let rest = w.len() - w.len() % LANES;
+        for ((out, mut lanes), row) in out.iter_mut().zip([p, q, r, s]).zip([a, b, c, d]) {
+            for (lane, (&x, &w)) in lanes.iter_mut().zip(row[rest..].iter().zip(&w[rest..])) {
+                *lane += x * w;
             }
-        }
-        lanes.map(|mut lanes| {
             let mut width = LANES / 2;
             while width > 0 {
                 for l in 0..width {
@@ -110,8 +118,9 @@ multiversion! {
                 }
                 width /= 2;
             }
-            lanes[0]
-        })
+            *out = lanes[0];
+        }
+        out
     }
 
     /// [`group_add_scaled`] in f32.

@@ -20,7 +20,7 @@ use std::sync::OnceLock;
 
 use crate::error::Result;
 use crate::kernel::{
-    BLOCK, CHAINS, Form, Packed, Rows, Scratch, Screen, chains, screen, tile, vector,
+    BLOCK, CHAINS, Form, Kept, Packed, Rows, Scratch, Screen, chains, screen, tile, vector,
 };
 use crate::points::Points;
 use crate::pool::Workers;
@@ -35,6 +35,7 @@ const SAMPLE: usize = 4096;
 /// The labels of the rows, and what is known of their distances.
 pub(super) struct Assignment<'a, 'x> {
     points: &'a Points<'x>,
+    kept: &'a Kept,
     pub labels: Vec<i32>,
     known: Vec<Known>,
 }
@@ -102,9 +103,10 @@ struct Work {
 
 impl<'a, 'x> Assignment<'a, 'x> {
     /// Nothing known yet.
-    pub fn new(points: &'a Points<'x>) -> Self {
+    pub fn new(points: &'a Points<'x>, kept: &'a Kept) -> Self {
         Assignment {
             points,
+            kept,
             labels: vec![-1; points.rows()],
             known: vec![Known::default(); points.rows()],
         }
@@ -206,7 +208,7 @@ impl<'a, 'x> Assignment<'a, 'x> {
         let task = (self.labels.len() / 64)
             .next_multiple_of(BLOCK)
             .clamp(BLOCK, 4096);
-        let points = self.points;
+        let (points, kept) = (self.points, self.kept);
         workers.each_with(
             self.labels
                 .chunks_mut(task)
@@ -216,6 +218,7 @@ impl<'a, 'x> Assignment<'a, 'x> {
             |work, (t, (labels, known))| {
                 Task {
                     points,
+                    kept,
                     plan,
                     from: t * task,
                     labels,
@@ -230,6 +233,7 @@ impl<'a, 'x> Assignment<'a, 'x> {
 /// Consecutive rows.
 struct Task<'t> {
     points: &'t Points<'t>,
+    kept: &'t Kept,
     plan: &'t Plan<'t>,
     from: usize,
     labels: &'t mut [i32],
@@ -313,7 +317,8 @@ impl Task<'_> {
         };
         let part = std::mem::take(&mut work.part);
         for rows in part.chunks(screen.block()) {
-            let screened = screen.screen(self.points, self.index(rows), &mut work.screen);
+            let index = self.index(rows);
+            let screened = screen.screen(self.points, self.kept, index, &mut work.screen);
             for (r, &i) in rows.iter().enumerate() {
                 let i = i as usize;
                 let label = self.labels[i] as usize;
@@ -352,7 +357,8 @@ impl Task<'_> {
         let screen = &self.plan.all;
         let full = std::mem::take(&mut work.full);
         for rows in full.chunks(screen.block()) {
-            let screened = screen.screen(self.points, self.index(rows), &mut work.screen);
+            let index = self.index(rows);
+            let screened = screen.screen(self.points, self.kept, index, &mut work.screen);
             work.pairs.clear();
             for (r, &i) in rows.iter().enumerate() {
                 let products = screened.row(r);
@@ -455,19 +461,8 @@ fn distance_above(square: f64, score: f64, h: f64) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::noise;
     use crate::matrix::Matrix;
-
-    fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        (0..n)
-            .map(|_| {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
 
     /// The labels as they are defined.
     fn defined(points: &Points, centers: &[f32]) -> Vec<i32> {
@@ -515,7 +510,8 @@ mod tests {
             let mut centers = points.gather(&rows);
             // Two equal centres: the first must win every tie.
             centers.copy_within(0..d, 2 * d);
-            let mut assignment = Assignment::new(&points);
+            let kept = Kept::new(&points, &workers).unwrap();
+            let mut assignment = Assignment::new(&points, &kept);
             assignment.assign(&centers, &workers).unwrap();
             assert_eq!(assignment.labels, defined(&points, &centers));
             for round in 0..40u64 {

@@ -18,7 +18,7 @@ mod paired;
 mod seed;
 
 use crate::error::{Error, Result};
-use crate::kernel::{BLOCK, Rows};
+use crate::kernel::{BLOCK, Kept, Rows};
 use crate::matrix::Matrix;
 use crate::pairs::Pairs;
 use crate::points::Points;
@@ -336,6 +336,10 @@ impl KMeans {
             )),
             None => None,
         };
+        let kept = match coarse {
+            None => Kept::new(points, workers)?,
+            Some(_) => Kept::default(),
+        };
         let tol = self.tol * points.mean_variance;
         let work = |job: usize, inner: &Workers| {
             let centers = match &self.init {
@@ -352,7 +356,7 @@ impl KMeans {
                     inner,
                 )?),
                 None => {
-                    let mut rows = Assignment::new(points);
+                    let mut rows = Assignment::new(points, &kept);
                     rows.assign(&centers, inner)?;
                     Nearest::Screened(rows)
                 }
@@ -435,7 +439,8 @@ pub fn predict(x: &Matrix, centers: &[f32], metric: Metric, workers: &Workers) -
             Points::shifted(*x, &middle, workers)?
         }
     };
-    let mut rows = Assignment::new(&points);
+    let kept = Kept::default();
+    let mut rows = Assignment::new(&points, &kept);
     rows.assign(&points.import(centers), workers)?;
     Ok(rows.labels)
 }

@@ -10,7 +10,7 @@
 //! the scores as f32 arithmetic defines them; so it gives the labels of [`super::assign`], to the bit.
 
 use crate::error::Result;
-use crate::kernel::{CHAINS, Rows, Scratch, Screen, chains, vector};
+use crate::kernel::{CHAINS, Kept, Rows, Scratch, Screen, chains, vector};
 use crate::pairs::Coarse;
 use crate::points::Points;
 use crate::pool::Workers;
@@ -85,7 +85,8 @@ impl<'a, 'x> Paired<'a, 'x> {
     }
 
     fn as_defined(&mut self, centers: &[f32], workers: &Workers) -> Result<()> {
-        let mut rows = Assignment::new(self.points);
+        let kept = Kept::default();
+        let mut rows = Assignment::new(self.points, &kept);
         rows.assign(centers, workers)?;
         self.labels = rows.labels;
         Ok(())
