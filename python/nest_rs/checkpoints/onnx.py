@@ -61,7 +61,7 @@ class OnnxCheckpoint(Checkpoint):
         self._found: dict[str, _Matrix] = {}
 
     @cached_property
-    def _graph(self) -> onnx.GraphProto:
+    def _model(self) -> onnx.ModelProto:
         try:
             import onnx
             from google.protobuf.message import DecodeError
@@ -85,13 +85,16 @@ class OnnxCheckpoint(Checkpoint):
                 f"`{path}` was rewritten by an optimiser (it declares `{min(domains)}`)",
                 mend="patch the export it was made from, then optimise that",
             )
-        self._torch = model.producer_name == "pytorch"
-        if not self._torch and "onnxruntime-genai" not in model.producer_name:
+        if model.producer_name != "pytorch" and "onnxruntime-genai" not in model.producer_name:
             raise NestError(
                 f"`{path}` was written by `{model.producer_name or 'an unknown tool'}`",
                 mend="patch the export of onnxruntime-genai's builder or PyTorch, before any optimiser or quantiser",
             )
-        return model.graph
+        return model
+
+    @property
+    def _graph(self) -> onnx.GraphProto:
+        return self._model.graph
 
     @cached_property
     def _arrays(self) -> dict[str, _Array]:
@@ -123,8 +126,7 @@ class OnnxCheckpoint(Checkpoint):
         return self._found[name]
 
     def _look(self, name: str) -> _Matrix:
-        self._graph  # noqa: B018  which exporter it is, is known once the graph is read
-        return self._look_by_scope(name) if self._torch else self._look_by_name(name)
+        return self._look_by_scope(name) if self._model.producer_name == "pytorch" else self._look_by_name(name)
 
     @cached_property
     def _scopes(self) -> dict[str, list[onnx.NodeProto]]:
