@@ -25,6 +25,7 @@ from nest_rs.errors import NestError
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message
 
 _DTYPES = {1: "F32", 10: "F16", 16: "BF16"}
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -60,7 +61,7 @@ class OnnxCheckpoint(Checkpoint):
         self._found: dict[str, _Matrix] = {}
 
     @cached_property
-    def _graph(self) -> onnx.GraphProto:
+    def _model(self) -> onnx.ModelProto:
         try:
             import onnx
             from google.protobuf.message import DecodeError
@@ -71,6 +72,8 @@ class OnnxCheckpoint(Checkpoint):
             model = onnx.load(path, load_external_data=False)
         except (DecodeError, OSError, ValueError, RuntimeError) as error:
             raise NestError(f"`{path}` is not a valid ONNX file ({error})") from error
+        if not _is_text(model):
+            raise NestError(f"`{path}` is not a valid ONNX file (a name in it is not UTF-8)")
         # ONNX Runtime keeps what it pre-packed beside the weight, under keys of the external data.
         packed = any(entry.key.startswith("prepacked") for a in model.graph.initializer for entry in a.external_data)
         if packed or any(a.name == "weight_prepacked" and a.i for node in model.graph.node for a in node.attribute):
@@ -82,13 +85,16 @@ class OnnxCheckpoint(Checkpoint):
                 f"`{path}` was rewritten by an optimiser (it declares `{min(domains)}`)",
                 mend="patch the export it was made from, then optimise that",
             )
-        self._torch = model.producer_name == "pytorch"
-        if not self._torch and "onnxruntime-genai" not in model.producer_name:
+        if model.producer_name != "pytorch" and "onnxruntime-genai" not in model.producer_name:
             raise NestError(
                 f"`{path}` was written by `{model.producer_name or 'an unknown tool'}`",
                 mend="patch the export of onnxruntime-genai's builder or PyTorch, before any optimiser or quantiser",
             )
-        return model.graph
+        return model
+
+    @property
+    def _graph(self) -> onnx.GraphProto:
+        return self._model.graph
 
     @cached_property
     def _arrays(self) -> dict[str, _Array]:
@@ -120,8 +126,7 @@ class OnnxCheckpoint(Checkpoint):
         return self._found[name]
 
     def _look(self, name: str) -> _Matrix:
-        self._graph  # noqa: B018  which exporter it is, is known once the graph is read
-        return self._look_by_scope(name) if self._torch else self._look_by_name(name)
+        return self._look_by_scope(name) if self._model.producer_name == "pytorch" else self._look_by_name(name)
 
     @cached_property
     def _scopes(self) -> dict[str, list[onnx.NodeProto]]:
@@ -245,6 +250,17 @@ class OnnxCheckpoint(Checkpoint):
         if scales is None:
             return [narrow(values, self.dtype(name))]
         return _quantise(values, bits, block, _DTYPES[scales.type])
+
+
+def _is_text(message: Message) -> bool:
+    """Whether all strings of a message are text: what is not UTF-8, protobuf hands over as bytes."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_STRING and any(isinstance(entry, bytes) for entry in values):
+            return False
+        if field.type == field.TYPE_MESSAGE and not all(map(_is_text, values)):
+            return False
+    return True
 
 
 def _quantise(values: Floats, bits: int, block: int, scale_type: str) -> list[Bytes]:
