@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from conftest import write_prompts
 from nest_rs import NestError
-from nest_rs.compare.bench import Bench, share
+from nest_rs.compare.bench import Bench, Tuned, share
 from nest_rs.compare.circuit_breaker import coefficients, linear_layers, reroute_loss, retain_loss, target_layers
 from nest_rs.compare.coherence import is_incoherent
 from nest_rs.compare.comparison import compare
@@ -246,22 +246,38 @@ def test_the_rate_with_the_least_failure_is_chosen_and_tried_once(
         )
         assert found["attack_success"]["n"] == 3
     assert tried[f"{best:g}"]["score"] == min(found["score"] for found in tried.values())
-    # what stands in the file is believed, and not made again
-    for rate, score in zip(GRIDS["lora"], (0.5, 0.2, 0.4), strict=True):
-        tried[f"{rate:g}"]["score"] = score
-    path.write_text(json.dumps(tried))
+    made = []
 
-    def never(*_: object) -> None:
-        raise AssertionError("trained again")
+    def make(_: object, rate: float, share: float) -> Tuned:
+        assert share == 0.5
+        made.append(rate)
+        return Tuned(bench.base)
 
-    monkeypatch.setitem(BASELINES, "lora", never)  # type: ignore[arg-type]
-    caplog.clear()
-    assert choose_rate(bench, "lora", 0.5, path) == GRIDS["lora"][1]
+    monkeypatch.setitem(BASELINES, "lora", make)
+    known = tried.popitem()[1]
+
+    def chosen(*scores: float) -> float:
+        made.clear()
+        pairs = zip(GRIDS["lora"], scores, strict=True)
+        path.write_text(json.dumps({f"{rate:g}": {**known, "score": value} for rate, value in pairs}))
+        return choose_rate(bench, "lora", 0.5, path)
+
+    # what stands in the file is believed, and not made again; ties go to the smaller rate
+    assert chosen(0.5, 0.2, 0.4) == 1e-3
+    assert chosen(0.2, 0.2, 0.4) == 3e-4
+    assert chosen(0.5, 0.2, 0.2) == 1e-3
+    assert not made
+    # a best rate at the edge asks for more: the untuned model scores 1
+    assert chosen(0.5, 0.4, 0.2) == 3e-3
+    assert made == [9e-3]
+    assert chosen(0.2, 0.4, 0.5) == 3e-4
+    assert made == [9e-5]
     assert not caplog.records
-    tried[f"{GRIDS['lora'][0]:g}"]["score"] = 0.2  # a tie goes to the smaller rate, here the grid's smallest
-    path.write_text(json.dumps(tried))
-    assert choose_rate(bench, "lora", 0.5, path) == GRIDS["lora"][0]
-    assert "edge of its grid" in caplog.text
+    assert chosen(2.0, 1.9, 1.8) == 9e-3
+    assert made == [9e-3, 3e-2]
+    caplog.clear()
+    assert chosen(1.8, 1.9, 2.0) == 3e-5  # as good as 9e-5, and smaller
+    assert not caplog.records
 
 
 # Stress.

@@ -25,7 +25,7 @@ Labels = NDArray[np.int16]
 
 # The learning rates that each baseline may choose from, by its attack success and over-refusal on validation prompts.
 GRIDS: dict[str, tuple[float, ...]] = {
-    "lora": (1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3),
     "lora-r1": (1e-3, 3e-3, 1e-2),
     "full": (1e-5, 3e-5, 1e-4),
     "circuit-breaker": (1e-4, 3e-4, 1e-3),
