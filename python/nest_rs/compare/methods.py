@@ -90,7 +90,10 @@ def full(bench: Bench, rate: float, share: float = 1.0) -> Tuned:
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost, for_training(model):
         bench.run.fit(model, data, Path(scratch), learning_rate=rate, save=False, reference=bench.base)
-    return Tuned(bench.finished(model), model.num_parameters(), cost)
+    # The Trainer leaves its autocast around the model's forward pass; the weights go into a model without it.
+    bare = bench.copy()
+    bare.load_state_dict(model.state_dict())
+    return Tuned(bare, model.num_parameters(), cost)
 
 
 METHODS: dict[str, Callable[[Bench], Tuned]] = {
