@@ -26,8 +26,9 @@ from nest_rs.compare.meter import metered
 from nest_rs.compare.methods import BASELINES, GRIDS, METHODS, full, lora
 from nest_rs.compare.rates import choose_rate
 from nest_rs.compare.stress import abliterated, attacked, pruned
-from nest_rs.compare.table import cells, markdown, summarise
+from nest_rs.compare.table import by_measure, markdown, summarise
 from nest_rs.config import TuneConfig, build_config
+from nest_rs.evaluate.refusal import rate
 from nest_rs.neurons import load_neurons
 from nest_rs.targets import training_data
 from nest_rs.train import Steps, base_logits
@@ -353,6 +354,10 @@ def row(method: str, seed: int, hits: int, **changes: Any) -> dict[str, Any]:
         "attack_success": share(hits, 100),
         "incoherent": share(0, 100),
         "over_refusal": share(1, 50),
+        "suites": {
+            "bad": {"kind": "harmful", **rate(100 - hits, 100)},
+            "good": {"kind": "benign", **rate(1, 50)},
+        },
         "utility": {
             "arc": {"n": 100, "accuracy": 0.5, "ci95": [0.4, 0.6]},
             "wiki": {"n": 9, "perplexity": 20.0 + seed},
@@ -390,9 +395,11 @@ def test_the_table_reads_in_markdown() -> None:
     assert table[0].endswith("| arc | wiki |")
     assert table[2].startswith("| base | 1 | - | - | - | 98.0 % [93.0, 99.5] n=100 |")
     assert table[3].startswith("| nest | 1 | 1,000 | 10.0 | 100 | 4.0 % [1.6, 9.8] n=100 |")
-    assert len({line.count("|") for line in table}) == 1
-    head, rows = cells(summarise([row("nest", 0, 4)]))
-    assert len(head) == len(rows[0])
+    assert table[4] == "| method | attack success: bad | over-refusal: good |"
+    assert table[7] == "| nest | 4.0 % [1.6, 9.8] n=100 | 2.0 % [0.4, 10.5] n=50 |"
+    assert len({line.count("|") for line in table[:4]}) == 1
+    lengths = {len(line) for line in by_measure(summarise([row("nest", 0, 4)]))}
+    assert len(lengths) == 1
 
 
 # The command.
@@ -420,7 +427,7 @@ def test_a_comparison_is_one_table_and_finished_rows_stay(tiny: Path, tmp_path: 
     # answers of weakened models are not kept
     assert {path.parent.parent.name for path in out.rglob("samples.jsonl")} == {"base", "nest"}
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("row.json")}
-    more = succeed(*common, "--methods", "base", "nest", "lora", "--rates", "lora=0.01", "--seeds", "0")
+    more = succeed(*common, "--methods", "base", "nest", "nest", "lora", "--rates", "lora=0.01", "--seeds", "0")
     assert [entry["method"] for entry in more["table"]] == ["base", "nest", "lora"]
     assert more["table"][2]["learning_rate"] == 0.01
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
@@ -467,6 +474,9 @@ def test_what_cannot_be_compared_is_said_in_one_line(tiny: Path, tmp_path: Path)
     assert fail("compare", tiny, "--methods", "nest,dpo", "--out", out).startswith("no such method: `dpo`; use `base`")
     assert "no such prompt file: `none.jsonl`" in fail("compare", tiny, "--benign", "none.jsonl", "--out", out)
     assert "`--trial-share` has the value `2`" in fail("compare", tiny, "--trial-share", "2", "--out", out)
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "hm"}')
+    tasks = ["--restore", "--tasks", tmp_path / "tasks.jsonl"]
+    assert "has no `response`" in fail("compare", tiny, *tasks, "--out", out)
     assert not out.exists()
 
 
