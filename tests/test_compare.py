@@ -465,6 +465,11 @@ def test_fine_tunes_are_measured_and_restored(tiny: Path, tmp_path: Path) -> Non
     again = compare(config, methods=["base"], seeds=[0], benign=["nest-benign"], fine_tunes=True, tasks=tasks)
     assert again["rows"] == found["rows"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    # one that was cut short before its last row makes the fine-tune again, and goes on
+    (folder / "tasks-full+retrained" / "row.json").unlink()
+    (folder / "tasks-lora" / "row.json").unlink()
+    more = compare(config, methods=["base"], seeds=[0], benign=["nest-benign"], fine_tunes=True, tasks=tasks)
+    assert [entry["method"] for entry in more["rows"]] == list(rows)
     with pytest.raises(NestError, match="another `tasks`"):
         compare(config, methods=["base"], seeds=[0], benign=["nest-benign"], fine_tunes=True)
 

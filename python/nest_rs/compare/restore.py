@@ -87,7 +87,7 @@ def _make(bench: Bench, kind: str, names: list[str], tasks: Path | None) -> None
         bench.save_row(patched, Tuned(bench.copy(folder=out), 0, cost))
         shutil.rmtree(out)
     if not bench.row(retrained).is_file():
-        changes = {"model": str(folder), "out": bench.row(retrained).parent / "run"}
+        changes = {"model": str(folder), "out": bench.row(retrained).parent / "run", "resume": True}
         run = Run.start(bench.config.model_copy(update=changes))
         shutil.copyfile(bench.run.folder / "neurons.safetensors", run.folder / "neurons.safetensors")
         with metered(run.model.device) as cost:
