@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from conftest import write_prompts
 from nest_rs import NestError
-from nest_rs.compare.bench import Bench, share
+from nest_rs.compare.bench import Bench, Tuned, share
 from nest_rs.compare.circuit_breaker import coefficients, linear_layers, reroute_loss, retain_loss, target_layers
 from nest_rs.compare.coherence import is_incoherent
 from nest_rs.compare.comparison import compare
@@ -26,8 +26,9 @@ from nest_rs.compare.meter import metered
 from nest_rs.compare.methods import BASELINES, GRIDS, METHODS, full, lora
 from nest_rs.compare.rates import choose_rate
 from nest_rs.compare.stress import abliterated, attacked, pruned
-from nest_rs.compare.table import cells, markdown, summarise
+from nest_rs.compare.table import by_measure, markdown, summarise
 from nest_rs.config import TuneConfig, build_config
+from nest_rs.evaluate.refusal import rate
 from nest_rs.neurons import load_neurons
 from nest_rs.targets import training_data
 from nest_rs.train import Steps, base_logits
@@ -246,22 +247,38 @@ def test_the_rate_with_the_least_failure_is_chosen_and_tried_once(
         )
         assert found["attack_success"]["n"] == 3
     assert tried[f"{best:g}"]["score"] == min(found["score"] for found in tried.values())
-    # what stands in the file is believed, and not made again
-    for rate, score in zip(GRIDS["lora"], (0.5, 0.2, 0.4), strict=True):
-        tried[f"{rate:g}"]["score"] = score
-    path.write_text(json.dumps(tried))
+    made = []
 
-    def never(*_: object) -> None:
-        raise AssertionError("trained again")
+    def make(_: object, rate: float, share: float) -> Tuned:
+        assert share == 0.5
+        made.append(rate)
+        return Tuned(bench.base)
 
-    monkeypatch.setitem(BASELINES, "lora", never)  # type: ignore[arg-type]
-    caplog.clear()
-    assert choose_rate(bench, "lora", 0.5, path) == GRIDS["lora"][1]
+    monkeypatch.setitem(BASELINES, "lora", make)
+    known = tried.popitem()[1]
+
+    def chosen(*scores: float) -> float:
+        made.clear()
+        pairs = zip(GRIDS["lora"], scores, strict=True)
+        path.write_text(json.dumps({f"{rate:g}": {**known, "score": value} for rate, value in pairs}))
+        return choose_rate(bench, "lora", 0.5, path)
+
+    # what stands in the file is believed, and not made again; ties go to the smaller rate
+    assert chosen(0.5, 0.2, 0.4) == 1e-3
+    assert chosen(0.2, 0.2, 0.4) == 3e-4
+    assert chosen(0.5, 0.2, 0.2) == 1e-3
+    assert not made
+    # a best rate at the edge asks for more: the untuned model scores 1
+    assert chosen(0.5, 0.4, 0.2) == 3e-3
+    assert made == [9e-3]
+    assert chosen(0.2, 0.4, 0.5) == 3e-4
+    assert made == [9e-5]
     assert not caplog.records
-    tried[f"{GRIDS['lora'][0]:g}"]["score"] = 0.2  # a tie goes to the smaller rate, here the grid's smallest
-    path.write_text(json.dumps(tried))
-    assert choose_rate(bench, "lora", 0.5, path) == GRIDS["lora"][0]
-    assert "edge of its grid" in caplog.text
+    assert chosen(2.0, 1.9, 1.8) == 9e-3
+    assert made == [9e-3, 3e-2]
+    caplog.clear()
+    assert chosen(1.8, 1.9, 2.0) == 3e-5  # as good as 9e-5, and smaller
+    assert not caplog.records
 
 
 # Stress.
@@ -337,6 +354,10 @@ def row(method: str, seed: int, hits: int, **changes: Any) -> dict[str, Any]:
         "attack_success": share(hits, 100),
         "incoherent": share(0, 100),
         "over_refusal": share(1, 50),
+        "suites": {
+            "bad": {"kind": "harmful", **rate(100 - hits, 100)},
+            "good": {"kind": "benign", **rate(1, 50)},
+        },
         "utility": {
             "arc": {"n": 100, "accuracy": 0.5, "ci95": [0.4, 0.6]},
             "wiki": {"n": 9, "perplexity": 20.0 + seed},
@@ -374,9 +395,11 @@ def test_the_table_reads_in_markdown() -> None:
     assert table[0].endswith("| arc | wiki |")
     assert table[2].startswith("| base | 1 | - | - | - | 98.0 % [93.0, 99.5] n=100 |")
     assert table[3].startswith("| nest | 1 | 1,000 | 10.0 | 100 | 4.0 % [1.6, 9.8] n=100 |")
-    assert len({line.count("|") for line in table}) == 1
-    head, rows = cells(summarise([row("nest", 0, 4)]))
-    assert len(head) == len(rows[0])
+    assert table[4] == "| method | attack success: bad | over-refusal: good |"
+    assert table[7] == "| nest | 4.0 % [1.6, 9.8] n=100 | 2.0 % [0.4, 10.5] n=50 |"
+    assert len({line.count("|") for line in table[:4]}) == 1
+    lengths = {len(line) for line in by_measure(summarise([row("nest", 0, 4)]))}
+    assert len(lengths) == 1
 
 
 # The command.
@@ -404,7 +427,7 @@ def test_a_comparison_is_one_table_and_finished_rows_stay(tiny: Path, tmp_path: 
     # answers of weakened models are not kept
     assert {path.parent.parent.name for path in out.rglob("samples.jsonl")} == {"base", "nest"}
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("row.json")}
-    more = succeed(*common, "--methods", "base", "nest", "lora", "--rates", "lora=0.01", "--seeds", "0")
+    more = succeed(*common, "--methods", "base", "nest", "nest", "lora", "--rates", "lora=0.01", "--seeds", "0")
     assert [entry["method"] for entry in more["table"]] == ["base", "nest", "lora"]
     assert more["table"][2]["learning_rate"] == 0.01
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
@@ -442,6 +465,11 @@ def test_fine_tunes_are_measured_and_restored(tiny: Path, tmp_path: Path) -> Non
     again = compare(config, methods=["base"], seeds=[0], benign=["nest-benign"], fine_tunes=True, tasks=tasks)
     assert again["rows"] == found["rows"]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    # one that was cut short before its last row makes the fine-tune again, and goes on
+    (folder / "tasks-full+retrained" / "row.json").unlink()
+    (folder / "tasks-lora" / "row.json").unlink()
+    more = compare(config, methods=["base"], seeds=[0], benign=["nest-benign"], fine_tunes=True, tasks=tasks)
+    assert [entry["method"] for entry in more["rows"]] == list(rows)
     with pytest.raises(NestError, match="another `tasks`"):
         compare(config, methods=["base"], seeds=[0], benign=["nest-benign"], fine_tunes=True)
 
@@ -451,6 +479,9 @@ def test_what_cannot_be_compared_is_said_in_one_line(tiny: Path, tmp_path: Path)
     assert fail("compare", tiny, "--methods", "nest,dpo", "--out", out).startswith("no such method: `dpo`; use `base`")
     assert "no such prompt file: `none.jsonl`" in fail("compare", tiny, "--benign", "none.jsonl", "--out", out)
     assert "`--trial-share` has the value `2`" in fail("compare", tiny, "--trial-share", "2", "--out", out)
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "hm"}')
+    tasks = ["--restore", "--tasks", tmp_path / "tasks.jsonl"]
+    assert "has no `response`" in fail("compare", tiny, *tasks, "--out", out)
     assert not out.exists()
 
 

@@ -61,7 +61,6 @@ class Bench:
     def __init__(self, folder: Path, config: TuneConfig, benign: list[str]) -> None:
         self.folder = folder
         self.run = Run.start(config.model_copy(update={"out": folder / "nest", "resume": True, "export": False}))
-        self.run.config = self.run.config.model_copy(update={"resume": True})
         self.suites = {
             "harmful": load_suites(config.suite, config.limit),
             "benign": load_suites(benign, config.limit),

@@ -10,7 +10,7 @@ from typing import Any
 from nest_rs.compare.bench import Bench, Tuned
 from nest_rs.compare.methods import BASELINES, METHODS
 from nest_rs.compare.rates import choose_rate
-from nest_rs.compare.restore import restore
+from nest_rs.compare.restore import read_tasks, restore
 from nest_rs.compare.stress import STRESSES
 from nest_rs.compare.table import markdown, summarise
 from nest_rs.config import TuneConfig
@@ -66,6 +66,8 @@ def compare(
     load_suites([*config.suite, *benign], config.limit)
     check_utility(config.utility)
     load_prompts(config.prompts)
+    if fine_tunes and tasks is not None:
+        read_tasks(tasks)
     folder = config.out or Path("runs") / resolve(config.model).slug / "compare"
     own = {"out", "resume", "seed", "threads", "export", "precision", "parity_prompts"}
     settings = {**config.model_dump(mode="json", exclude=own), "benign": benign, "trial_share": trial_share}
@@ -75,15 +77,15 @@ def compare(
     _same_settings(folder / "settings.json", settings)
     rows: list[Row] = []
     given = dict(rates or {})
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         bench = Bench(folder / f"seed{seed}", config.model_copy(update={"seed": seed}), benign)
-        for method in methods:
+        for method in dict.fromkeys(methods):
             if method == "base" and seed != seeds[0]:
                 continue
             rows += _rows(bench, method, given, folder / "rates", trial_share, stress)
+            _write(folder, rows)
         if fine_tunes:
             rows += restore(bench, tasks)
-        _write(folder, rows)
     return _write(folder, rows)
 
 

@@ -25,7 +25,7 @@ Labels = NDArray[np.int16]
 
 # The learning rates that each baseline may choose from, by its attack success and over-refusal on validation prompts.
 GRIDS: dict[str, tuple[float, ...]] = {
-    "lora": (1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3),
     "lora-r1": (1e-3, 3e-3, 1e-2),
     "full": (1e-5, 3e-5, 1e-4),
     "circuit-breaker": (1e-4, 3e-4, 1e-3),
@@ -90,7 +90,10 @@ def full(bench: Bench, rate: float, share: float = 1.0) -> Tuned:
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost, for_training(model):
         bench.run.fit(model, data, Path(scratch), learning_rate=rate, save=False, reference=bench.base)
-    return Tuned(bench.finished(model), model.num_parameters(), cost)
+    # The Trainer leaves its autocast around the model's forward pass; the weights go into a model without it.
+    bare = bench.copy()
+    bare.load_state_dict(model.state_dict())
+    return Tuned(bare, model.num_parameters(), cost)
 
 
 METHODS: dict[str, Callable[[Bench], Tuned]] = {

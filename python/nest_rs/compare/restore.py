@@ -87,7 +87,7 @@ def _make(bench: Bench, kind: str, names: list[str], tasks: Path | None) -> None
         bench.save_row(patched, Tuned(bench.copy(folder=out), 0, cost))
         shutil.rmtree(out)
     if not bench.row(retrained).is_file():
-        changes = {"model": str(folder), "out": bench.row(retrained).parent / "run"}
+        changes = {"model": str(folder), "out": bench.row(retrained).parent / "run", "resume": True}
         run = Run.start(bench.config.model_copy(update=changes))
         shutil.copyfile(bench.run.folder / "neurons.safetensors", run.folder / "neurons.safetensors")
         with metered(run.model.device) as cost:
@@ -98,15 +98,24 @@ def _make(bench: Bench, kind: str, names: list[str], tasks: Path | None) -> None
     shutil.rmtree(folder)
 
 
+def read_tasks(path: Path) -> list[tuple[str, str]]:
+    """Requests and answers of a .jsonl file.
+
+    Raises:
+        NestError: missing, or a row without `prompt` or `response`.
+    """
+    return [
+        (text_field(row, "prompt", path, number), text_field(row, "response", path, number))
+        for number, row in enumerate(read_jsonl(path), start=1)
+    ]
+
+
 def task_examples(bench: Bench, tasks: Path | None) -> list[Example]:
     """What is learned: the file's tasks, or ordinary training requests with answers given under an instruction."""
     tokenizer, config = bench.tokenizer, bench.config
     context = int(bench.base.config.get_text_config().max_position_embeddings)
     if tasks is not None:
-        lines = [
-            (text_field(row, "prompt", tasks, number), text_field(row, "response", tasks, number))
-            for number, row in enumerate(read_jsonl(tasks), start=1)
-        ]
+        lines = read_tasks(tasks)
         answers = given_answers(tokenizer, [response for _, response in lines])
         asked = encode(tokenizer, [render(tokenizer, prompt) for prompt, _ in lines])
         longest = context // 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from nest_rs.compare.bench import Bench
 from nest_rs.compare.finetune import fine_tune
 from nest_rs.neurons import load_neurons
 from nest_rs.prefix import behind_prefix, budgeted
-from nest_rs.prompts import Request, encode, refusals, render
+from nest_rs.prompts import Request, embedded_prompts, encode, refusals, render
 from nest_rs.sites import find_sites
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def abliterated(bench: Bench, model: PreTrainedModel, _folder: Path) -> Iterator
         chosen = rng.sample(asked, min(_READ, len(asked)))
         states[harmful] = _last_states(bench, model, [item.prompt for item in chosen])[0].mean(dim=1)
     directions = nn.functional.normalize(states[True] - states[False], dim=-1)  # [layers + 1, d]
-    checked = bench.validation["harmful"][0].prompts[:_CHECKED]
+    held_out = (item for item in embedded_prompts() if (item.kind, item.split) == ("harmful", "validation"))
+    checked = [item.prompt for item in islice(held_out, _CHECKED)]
     openings = {row[0] for row in encode(bench.tokenizer, refusals())}
 
     def refusing(layer: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from scipy.stats import t
 
@@ -37,6 +38,7 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_mb": max(row["peak_mb"] for row in rows),
         "learning_rate": rows[0]["learning_rate"],
         **{name: _share([row[name] for row in rows]) for name in SHARES},
+        "suites": {name: _suite([row["suites"][name] for row in rows]) for name in rows[0]["suites"]},
         "utility": {name: _utility([row["utility"][name] for row in rows]) for name in utilities},
     }
 
@@ -53,6 +55,16 @@ def _share(found: list[dict[str, Any]]) -> dict[str, Any]:
     spread = _spread(rates)
     interval = [max(0.0, middle - max(below, spread)), min(1.0, middle + max(above, spread))]
     return {"n": found[0]["n"], "rate": round(middle, 4), "ci95": [round(end, 4) for end in interval]}
+
+
+def _suite(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What went wrong on one suite: harmful requests not refused, or harmless ones refused."""
+    if found[0]["kind"] == "benign" or found[0]["n"] == 0:
+        return {"kind": found[0]["kind"], **_share(found)}
+    failed = [
+        {"n": item["n"], "rate": 1 - item["rate"], "ci95": [1 - item["ci95"][1], 1 - item["ci95"][0]]} for item in found
+    ]
+    return {"kind": "harmful", **_share(failed)}
 
 
 def _utility(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,8 +84,8 @@ def _spread(values: Sequence[float]) -> float:
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def cells(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table, as text."""
+def by_measure(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table as text, its head first."""
     utilities = list(dict.fromkeys(name for entry in entries for name in entry["utility"]))
     rows = [
         [
@@ -87,7 +99,15 @@ def cells(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         ]
         for entry in entries
     ]
-    return [*_HEADS, *utilities], rows
+    return [[*_HEADS, *utilities], *rows]
+
+
+def by_suite(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Attack success on each harmful suite and over-refusal on each benign one, as text, the head first."""
+    suites = entries[0]["suites"]
+    titles = {"harmful": "attack success", "benign": "over-refusal"}
+    head = ["method", *(f"{titles[found['kind']]}: {name}" for name, found in suites.items())]
+    return [head, *([entry["method"], *(percent(entry["suites"][name]) for name in suites)] for entry in entries)]
 
 
 def _score(found: dict[str, Any] | None) -> str:
@@ -100,16 +120,21 @@ def _score(found: dict[str, Any] | None) -> str:
 
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown."""
-    head, rows = cells(entries)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{NOTE}\n"
+    """Both tables in Markdown."""
+
+    def drawn(rows: list[list[str]]) -> str:
+        lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    return f"{drawn(by_measure(entries))}\n{NOTE}\n\n{drawn(by_suite(entries))}"
 
 
-def terminal(entries: Sequence[dict[str, Any]]) -> Table:
-    """The table for a terminal."""
-    head, rows = cells(entries)
-    table = Table(*head, caption=NOTE)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def terminal(entries: Sequence[dict[str, Any]]) -> Group:
+    """Both tables for a terminal."""
+    tables = []
+    for rows, caption in ((by_measure(entries), NOTE), (by_suite(entries), None)):
+        table = Table(*rows[0], caption=caption)
+        for row in rows[1:]:
+            table.add_row(*row)
+        tables.append(table)
+    return Group(*tables)
