@@ -56,7 +56,7 @@ class TuneConfig(BaseModel):
     threads: int | None = Field(None, ge=1, description="processor threads (default: all)")
 
     projections: tuple[Literal["gate", "up"], ...] = Field(("gate", "up"), description="where neurons are looked for")
-    depth: tuple[float, float] = Field((0.5, 1.0), description="between which shares of the layers")
+    depth: tuple[float, float] = Field((0.33, 1.0), description="between which shares of the layers")
     c: float = Field(1.0, gt=0, description="inverse L2 strength of the probes")
     z: float = Field(2.0, description="select rows whose coefficient stands out by more standard deviations")
     positive: bool = Field(True, description="select positive coefficients only")
@@ -66,12 +66,12 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(2.0, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(2.5, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(32, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(2, ge=1, description="parts that a step is computed in; more parts take less memory")
-    learning_rate: float = Field(5e-3, gt=0, description="peak rate of AdamW")
+    learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
     whiten: float | None = Field(
-        1.0, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
+        0.3, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
     )
     first_weight: float = Field(
         0.5, ge=0, lt=1, description="share of the first answer token in the loss; 0: all alike"
