@@ -228,6 +228,13 @@ def test_the_patch_carries_the_evidence_and_keeps_its_id(
     assert "evidence: none, the patch was not judged" in capsys.readouterr().out
 
 
+def test_judging_a_run_again_takes_the_flags_given(copied: Path) -> None:
+    again = succeed("eval", copied, "--max-new-tokens", "2", "--limit", "3", "--batch-size", "2")
+    assert {side: again["eval"][side]["asked"]["n"] for side in ("base", "tuned")} == {"base": 3, "tuned": 3}
+    config = Run.open(copied).config
+    assert (config.max_new_tokens, config.limit, config.eval_batch_size) == (2, 3, 2)
+
+
 def test_the_table_names_suites_and_intervals(tuned: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 

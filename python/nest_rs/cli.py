@@ -248,7 +248,9 @@ class Eval(Command):
         from nest_rs.evaluate.suites import load_suites
         from nest_rs.run import Run
 
-        run = Run.open(Path(self.model))
+        names = {"batch_size": "eval_batch_size"}
+        given = self.model_fields_set & {"max_new_tokens", "limit", "batch_size", "device", "dtype", "threads"}
+        run = Run.open(Path(self.model), {names.get(name, name): getattr(self, name) for name in given})
         suites = load_suites(run.config.suite, run.config.limit)
         check_gates(gates, expected(suites, [], {path.stem: path.suffix == ".jsonl" for path in run.config.utility}))
         result = {"run": self.model, **run.stage("eval")}
