@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nest_rs import NestError
-from nest_rs.memory import fewest_parts, halving
+from nest_rs.memory import halving
 
 
 def short_of(limit: float) -> list[int]:
@@ -31,18 +31,16 @@ def test_the_size_is_halved_until_it_fits() -> None:
         short_of(0)
 
 
-def test_a_step_is_cut_into_as_many_parts_as_it_takes() -> None:
+def test_an_accelerator_out_of_memory_is_told_from_other_errors() -> None:
     tried: list[int] = []
 
-    def train(parts: int) -> int:
-        tried.append(parts)
-        if parts < 8:
+    def work(size: int) -> int:
+        tried.append(size)
+        if size > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-        return parts
+        return size
 
-    assert fewest_parts(train, 1, 32) == (8, 8)
-    assert tried == [1, 2, 4, 8]
-    with pytest.raises(NestError, match="out of memory with `4` parts of a step"):
-        fewest_parts(train, 4, 8)
+    assert halving(work, 8, "rows") == (1, 1)
+    assert tried == [8, 4, 2, 1]
     with pytest.raises(ZeroDivisionError):
         halving(lambda size: size // 0, 8, "rows")

@@ -26,28 +26,6 @@ def halving(work: Callable[[int], T], size: int, unit: str) -> tuple[T, int]:
     Raises:
         NestError: there is no memory for a single one.
     """
-    return _until_it_fits(work, size, lambda size: size // 2, lambda size: size > 1, unit)
-
-
-def fewest_parts(train: Callable[[int], T], parts: int, batch_size: int) -> tuple[T, int]:
-    """Call `train(parts)`, with twice the parts again and again where memory runs out: the same step in less memory.
-
-    Args:
-        train: Trains from the start, each step in that many parts.
-        parts: The first number to try.
-        batch_size: Requests a step; a part needs one of each class.
-
-    Raises:
-        NestError: there is no memory for a part of two requests.
-    """
-    return _until_it_fits(
-        train, parts, lambda parts: parts * 2, lambda parts: batch_size // (2 * parts) >= 2, "parts of a step"
-    )
-
-
-def _until_it_fits(
-    work: Callable[[int], T], size: int, smaller: Callable[[int], int], can: Callable[[int], bool], unit: str
-) -> tuple[T, int]:
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     while True:
@@ -56,10 +34,10 @@ def _until_it_fits(
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
-            if not can(size):
+            if size <= 1:
                 raise NestError(
                     f"out of memory with `{size}` {unit}", mend="free some, or use a smaller model or --dtype bfloat16"
                 ) from error
-        size = smaller(size)  # only here has the error let go of the frames that hold the batch
+        size //= 2  # only here has the error let go of the frames that hold the batch
         log.warning("out of memory: going on with %d %s", size, unit)
         clear_device_cache(garbage_collection=True)
