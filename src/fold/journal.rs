@@ -232,8 +232,8 @@ pub fn read_rows(root: &Path, place: &Place) -> Result<Vec<u8>> {
 impl Change {
     /// Makes the change under a journal in `state`, a folder of its own beside the files of `root`.
     ///
-    /// `durable` flushes the files before the journal goes; a fresh copy that will be thrown away on
-    /// failure does without.
+    /// `durable` flushes the journal before the files are touched, and these before the journal goes. A fresh copy
+    /// that is thrown away on failure does without: flushing anything would drag the whole copy to the disk.
     ///
     /// # Errors
     /// An earlier change is unfinished, another process is at work, the bytes in place are not the old
@@ -254,7 +254,7 @@ impl Change {
             files.push((path, file));
         }
         let fresh = !state.exists();
-        let made = self.write_journal(state, &journal);
+        let made = self.write_journal(state, &journal, durable);
         if made.is_err() && fresh {
             let _ = std::fs::remove_dir(state);
         }
@@ -274,7 +274,7 @@ impl Change {
                 });
             }
         }
-        self.finish(state, &journal)
+        self.finish(state, &journal, durable)
     }
 
     /// Writes the old bytes again; the journal stays if that fails too.
@@ -291,7 +291,7 @@ impl Change {
         }
     }
 
-    fn write_journal(&self, state: &Path, journal: &Path) -> Result<()> {
+    fn write_journal(&self, state: &Path, journal: &Path, durable: bool) -> Result<()> {
         if state.is_symlink() {
             return Err(Error::target(state, "it is a link"));
         }
@@ -300,7 +300,9 @@ impl Change {
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&partial)?;
             self.encode(|bytes| file.write_all(bytes))?;
-            file.sync_all()?;
+            if durable {
+                file.sync_all()?;
+            }
             std::fs::rename(&partial, journal)
         };
         let done = write().map_err(Error::io(journal));
@@ -308,7 +310,9 @@ impl Change {
             let _ = std::fs::remove_file(&partial);
         }
         done?;
-        sync_folder(state);
+        if durable {
+            sync_folder(state);
+        }
         Ok(())
     }
 
@@ -335,7 +339,7 @@ impl Change {
         put(&hash.finalize())
     }
 
-    fn finish(&self, state: &Path, journal: &Path) -> Result<()> {
+    fn finish(&self, state: &Path, journal: &Path, durable: bool) -> Result<()> {
         let record = record_path(state, &self.patch);
         match self.action {
             Action::Apply => std::fs::rename(journal, &record).map_err(Error::io(journal))?,
@@ -349,7 +353,9 @@ impl Change {
                 _ => std::fs::remove_file(journal).map_err(Error::io(journal))?,
             },
         }
-        sync_folder(state);
+        if durable {
+            sync_folder(state);
+        }
         // Gone if it is empty.
         let _ = std::fs::remove_dir(state);
         Ok(())
@@ -404,7 +410,7 @@ pub fn recover(root: &Path, state: &Path) -> Result<Option<(Action, String)>> {
             .and_then(|()| file.sync_data())
             .map_err(Error::io(path))?;
     }
-    change.finish(state, &journal)?;
+    change.finish(state, &journal, true)?;
     Ok(Some((change.action, change.patch)))
 }
 
@@ -588,7 +594,8 @@ mod tests {
         for done in 0..=11usize {
             let (folder, state) = folder();
             let root = folder.path();
-            on.write_journal(&state, &state.join("journal")).unwrap();
+            on.write_journal(&state, &state.join("journal"), true)
+                .unwrap();
             let mut half = [0u8; 12];
             half[12 - done..].copy_from_slice(&AFTER.0[12 - done..]);
             std::fs::write(root.join("a"), half).unwrap();
@@ -607,7 +614,7 @@ mod tests {
         let (folder, state) = folder();
         let root = folder.path();
         change(Action::Apply)
-            .write_journal(&state, &state.join("journal"))
+            .write_journal(&state, &state.join("journal"), true)
             .unwrap();
         std::fs::write(root.join("b"), [3; 12]).unwrap();
         assert!(
@@ -627,7 +634,7 @@ mod tests {
             spoil(&mut bad);
             let (folder, state) = folder();
             let journal = state.join("journal");
-            bad.write_journal(&state, &journal).unwrap();
+            bad.write_journal(&state, &journal, true).unwrap();
             let result = recover(folder.path(), &state);
             assert!(result.is_err(), "{bad:?}");
             assert_eq!(content(folder.path()), (vec![0; 12], vec![0; 12]));
