@@ -37,7 +37,7 @@ from nest_rs.export import export_onnx
 from nest_rs.fold import merge_folder
 from nest_rs.models import load_model, load_tokenizer, pick_dtype, resolve
 from nest_rs.patch import NestPatch
-from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.probe import collect_activations
 from nest_rs.prompts import embedded_prompts, encode, refusals, render
 from nest_rs.sites import find_sites
@@ -83,7 +83,7 @@ def bench_probe(args: argparse.Namespace) -> Rows:
             model(
                 input_ids=tokens,
                 attention_mask=attended,
-                past_key_values=repeated(cache, len(batch)),
+                **behind(cache, len(batch)),
                 use_cache=cache is not None,
                 logits_to_keep=1,
             )

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nest_rs.models import load_model, resolve
-from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.probe import collect_activations
 from nest_rs.sites import find_sites
 from nest_rs.train import Steps
@@ -119,8 +119,7 @@ def probe(shape: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         cache = prefix_cache(model, torch.tensor([prefix], device=device))
         for batch in budgeted(ids, args.batch_tokens):
             tokens, _, attended = behind_prefix(batch, prefix, 0, device)
-            past = repeated(cache, len(batch))
-            model(input_ids=tokens, attention_mask=attended, past_key_values=past, logits_to_keep=1)
+            model(input_ids=tokens, attention_mask=attended, **behind(cache, len(batch)), logits_to_keep=1)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "activations.safetensors"

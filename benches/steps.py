@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from nest_rs import NestConfig
-from nest_rs.prefix import prefix_cache, repeated
+from nest_rs.prefix import behind, prefix_cache
 from nest_rs.sites import Site
 from nest_rs.train import Batch, Example, Steps, kl_loss, sft_loss, train_deltas
 
@@ -73,9 +73,9 @@ def tokens_of(batch: Batch) -> int:
 
 def _loss(model: Any, batch: Batch) -> torch.Tensor:
     rows, answer = batch["labels"].shape
-    cache = repeated(prefix_cache(model, batch["prefix"]), rows)
+    cache = prefix_cache(model, batch["prefix"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    logits = model(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=answer + 1).logits
+    logits = model(**inputs, **behind(cache, rows), use_cache=cache is not None, logits_to_keep=answer + 1).logits
     logits, labels, refuse = logits[:, :-1], batch["labels"], batch["refuse"]
     with torch.no_grad():
         base = model.get_output_embeddings()(batch["states"])

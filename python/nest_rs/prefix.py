@@ -7,10 +7,13 @@ row is run and shared; gradients flow through it as through any other token.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +38,22 @@ def prefix_cache(model: nn.Module, prefix: torch.Tensor) -> Any:
     """
     if not prefix.shape[1]:
         return None
-    return model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+    return getattr(model(input_ids=prefix, use_cache=True, logits_to_keep=1), _cache_name())
 
 
-def repeated(cache: Any, rows: int) -> Any:
-    """A copy of a one-row cache for a batch, to pass as `past_key_values`; gradients reach the original."""
+@functools.cache
+def _cache_name() -> str:
+    """What transformers calls a cache that a forward pass takes and gives; renamed in 5.24."""
+    return "cache" if Version(version("transformers")) >= Version("5.24") else "past_key_values"
+
+
+def behind(cache: Any, rows: int) -> dict[str, Any]:
+    """The arguments of a forward pass, or of `generate`, whose `rows` rows stand behind a one-row cache."""
+    return {_cache_name(): _repeated(cache, rows)}
+
+
+def _repeated(cache: Any, rows: int) -> Any:
+    """A copy for a batch; gradients reach the original."""
     if cache is None:
         return None
     batch = copy.copy(cache)

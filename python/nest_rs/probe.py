@@ -23,7 +23,7 @@ from nest_rs.errors import NestError
 from nest_rs.files import replacing
 from nest_rs.memory import halving
 from nest_rs.numeric import ActivationStore, pooled_stats
-from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
 
@@ -213,7 +213,7 @@ class _Reader:
                 self.model(
                     input_ids=tokens,
                     attention_mask=attended,
-                    past_key_values=repeated(self.cache, len(part)),
+                    **behind(self.cache, len(part)),
                     use_cache=self.cache is not None,
                     logits_to_keep=1,
                 )

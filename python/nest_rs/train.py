@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.processes import share
 from nest_rs.whiten import WhitenedAdamW
 
@@ -153,9 +153,9 @@ def answer_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The logits that predict the answer tokens, [n, answer, vocabulary]."""
     rows, answer = batch["labels"].shape
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    cache = repeated(prefix_cache(model, batch["prefix"]), rows)
+    cache = prefix_cache(model, batch["prefix"])
     # The last kept logit predicts beyond the answer; one more is kept before it, at the end of the prompt.
-    out = model(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=answer + 1)
+    out = model(**inputs, **behind(cache, rows), use_cache=cache is not None, logits_to_keep=answer + 1)
     logits: torch.Tensor = out.logits[:, :-1]
     return logits
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from nest_rs.prefix import behind_prefix, budgeted, prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def whitenings(
         for batch in budgeted(sorted(ids, key=len), batch_tokens):
             tokens, mask, attended = behind_prefix(batch, prefix, pad, model.device)
             inputs = {"input_ids": tokens, "attention_mask": attended}
-            model(**inputs, past_key_values=repeated(cache, len(batch)), logits_to_keep=1)
+            model(**inputs, **behind(cache, len(batch)), logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()

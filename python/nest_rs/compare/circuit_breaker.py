@@ -23,7 +23,7 @@ from torch.nn import functional
 from nest_rs.compare.batches import drawn, on
 from nest_rs.compare.bench import Bench, Tuned, for_training
 from nest_rs.compare.meter import metered
-from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.progress import track
 from nest_rs.train import Batch, collate
 
@@ -117,9 +117,13 @@ def _both(
 
 
 def _states(model: nn.Module, batch: Batch, layers: Sequence[int] | None) -> torch.Tensor:
-    cache = repeated(prefix_cache(model, batch["prefix"]), len(batch["input_ids"]))
+    cache = prefix_cache(model, batch["prefix"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     found = model(
-        **inputs, past_key_values=cache, use_cache=cache is not None, output_hidden_states=True, logits_to_keep=1
+        **inputs,
+        **behind(cache, len(batch["input_ids"])),
+        use_cache=cache is not None,
+        output_hidden_states=True,
+        logits_to_keep=1,
     ).hidden_states
     return torch.stack([found[layer] for layer in layers] if layers else list(found))

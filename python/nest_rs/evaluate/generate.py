@@ -12,7 +12,7 @@ import torch
 from nest_rs.evaluate.backends import Backend, until_end
 from nest_rs.memory import halving
 from nest_rs.models import head_inputs
-from nest_rs.prefix import prefix_cache, repeated, shared_prefix
+from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.progress import track
 from nest_rs.prompts import Request, encode, fitting, render
 
@@ -204,7 +204,7 @@ def _decode(
                 out = model.generate(
                     input_ids=tokens,
                     attention_mask=((columns < 0) | (columns >= pads)).long(),
-                    past_key_values=repeated(cache, len(batch)),
+                    **behind(cache, len(batch)),
                     generation_config=greedy,
                     stopping_criteria=stop,
                 )
