@@ -3,12 +3,14 @@
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::kernel::vector;
+use crate::kernel::vector::{self, TOKENS};
 use crate::matrix::{Dtype, Matrix, Values};
 use crate::pool::Workers;
 
-/// Columns a task: the running maxima stay in the first-level cache.
-const SLICE: usize = 4096;
+/// Columns a pooling task: memory likes long runs better than it minds running maxima in the second-level cache.
+const RUN: usize = 16384;
+/// Columns a task of the statistics.
+const SLICE: usize = 1024;
 
 /// A pooled batch `[batch, d]`, in the type it came in.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,8 +68,9 @@ pub fn masked_max(x: &Matrix, mask: &[u8], tokens: usize, workers: &Workers) -> 
             let mut keys = vec![i32::MIN; rows / tokens * d];
             let widest = slices(&mut keys, d, workers, |b, from, key| {
                 let mut widest = 0;
-                for t in kept(b) {
-                    widest = vector::max_single(key, &bits[t * d + from..][..key.len()], widest);
+                for at in by_turns(kept(b)) {
+                    let tokens = at.map(|t| &bits[t * d + from..(t + 1) * d]);
+                    widest = vector::max_single(key, tokens, widest);
                 }
                 widest >= f32::INFINITY.to_bits()
             })?;
@@ -83,8 +86,9 @@ pub fn masked_max(x: &Matrix, mask: &[u8], tokens: usize, workers: &Workers) -> 
             let mut keys = vec![i16::MIN; rows / tokens * d];
             let widest = slices(&mut keys, d, workers, |b, from, key| {
                 let mut widest = 0;
-                for t in kept(b) {
-                    widest = vector::max_half(key, &bits[t * d + from..][..key.len()], widest);
+                for at in by_turns(kept(b)) {
+                    let tokens = at.map(|t| &bits[t * d + from..(t + 1) * d]);
+                    widest = vector::max_half(key, tokens, widest);
                 }
                 widest >= infinity
             })?;
@@ -118,6 +122,19 @@ pub fn masked_max(x: &Matrix, mask: &[u8], tokens: usize, workers: &Workers) -> 
     Ok(pooled)
 }
 
+/// Some tokens at a time; the last ones may come twice, which no maximum minds.
+fn by_turns(mut tokens: impl Iterator<Item = usize>) -> impl Iterator<Item = [usize; TOKENS]> {
+    std::iter::from_fn(move || {
+        let mut last = tokens.next()?;
+        Some(std::array::from_fn(|i| {
+            if i > 0 {
+                last = tokens.next().unwrap_or(last);
+            }
+            last
+        }))
+    })
+}
+
 /// Runs `work(batch row, first column, slice)` on slices of every row; returns the first row for
 /// which it found something non-finite.
 fn slices<T: Send>(
@@ -130,9 +147,9 @@ fn slices<T: Send>(
         .chunks_mut(d)
         .enumerate()
         .flat_map(|(b, row)| {
-            row.chunks_mut(SLICE)
+            row.chunks_mut(RUN)
                 .enumerate()
-                .map(move |(s, slice)| (b, s * SLICE, slice))
+                .map(move |(s, slice)| (b, s * RUN, slice))
         })
         .collect();
     let bad = std::sync::atomic::AtomicUsize::new(usize::MAX);

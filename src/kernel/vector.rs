@@ -16,6 +16,8 @@ const LANES: usize = 32;
 
 /// Rows that [`group_dot`] and [`group_add_scaled`] take together.
 pub(crate) const GROUP: usize = 4;
+/// Tokens that a maximum takes in at once.
+pub(crate) const TOKENS: usize = 4;
 
 macro_rules! multiversion {
     ($($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
@@ -471,25 +473,31 @@ multiversion! {
         }
     }
 
-    /// `key = max(key, order(x))` and `widest = max(widest, |x|)` on the bits of f16 or bf16, where
-    /// `order` maps them to integers of the same order.
-    pub fn max_half(key: &mut [i16], x: &[u16], widest: u16) -> u16 {
+    /// `key = max(key, order(x))` and `widest = max(widest, |x|)` on the bits of f16 or bf16 of several tokens,
+    /// where `order` maps them to integers of the same order.
+    pub fn max_half(key: &mut [i16], tokens: [&[u16]; TOKENS], widest: u16) -> u16 {
+        let tokens = tokens.map(|token| &token[..key.len()]);
         let mut widest = widest;
-        for (k, &v) in key.iter_mut().zip(x) {
-            widest = widest.max(v & 0x7fff);
-            let v = v as i16;
-            *k = (*k).max(v ^ ((v >> 15) & 0x7fff));
+        for (j, key) in key.iter_mut().enumerate() {
+            for token in tokens {
+                widest = widest.max(token[j] & 0x7fff);
+                let v = token[j] as i16;
+                *key = (*key).max(v ^ ((v >> 15) & 0x7fff));
+            }
         }
         widest
     }
 
     /// The same for the bits of f32.
-    pub fn max_single(key: &mut [i32], x: &[u32], widest: u32) -> u32 {
+    pub fn max_single(key: &mut [i32], tokens: [&[u32]; TOKENS], widest: u32) -> u32 {
+        let tokens = tokens.map(|token| &token[..key.len()]);
         let mut widest = widest;
-        for (k, &v) in key.iter_mut().zip(x) {
-            widest = widest.max(v & 0x7fff_ffff);
-            let v = v as i32;
-            *k = (*k).max(v ^ ((v >> 31) & 0x7fff_ffff));
+        for (j, key) in key.iter_mut().enumerate() {
+            for token in tokens {
+                widest = widest.max(token[j] & 0x7fff_ffff);
+                let v = token[j] as i32;
+                *key = (*key).max(v ^ ((v >> 31) & 0x7fff_ffff));
+            }
         }
         widest
     }
@@ -583,7 +591,7 @@ mod tests {
         let mut key = [i16::MIN];
         let mut best = f32::NEG_INFINITY;
         for v in [-3.0f32, -5.0, -0.5, 0.25, -1.0, 7.0, 2.0] {
-            max_half(&mut key, &[bf16::from_f32(v).to_bits()], 0);
+            max_half(&mut key, [&[bf16::from_f32(v).to_bits()]; TOKENS], 0);
             best = best.max(v);
             let k = key[0];
             let bits = (k ^ ((k >> 15) & 0x7fff)) as u16;
