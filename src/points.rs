@@ -50,16 +50,6 @@ impl<'a> Points<'a> {
         })
     }
 
-    /// As stored, apart from the scale.
-    pub fn raw(x: Matrix<'a>, workers: &Workers) -> Result<Self> {
-        let scale = safe_scale(x.scan("X", workers)?);
-        Ok(Points {
-            x,
-            transform: Transform::Scale { scale },
-            mean_variance: 0.0,
-        })
-    }
-
     /// On the unit sphere.
     pub fn unit(x: Matrix<'a>, workers: &Workers) -> Result<Self> {
         x.scan("X", workers)?;

@@ -8,6 +8,7 @@
 //! Scratch memory for Euclidean distances: 8 bytes a row and cluster, over all labelings at once up
 //! to 64 MB (more labelings are done in several passes).
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use crate::error::{Error, Result};
@@ -74,7 +75,7 @@ pub fn silhouettes_with(
         return Ok(Vec::new());
     }
     if distance == Distance::Euclidean {
-        let points = Points::raw(*x, workers)?;
+        let points = Squares::new(Points::centred(*x, workers)?, workers)?;
         let mut out = Vec::new();
         for pass in passes(&clusterings, x.rows()) {
             out.extend(euclidean(&points, pass, workers)?);
@@ -209,12 +210,102 @@ struct Sums {
     width: usize,
 }
 
+/// Squared distances, from `|x|^2 + |y|^2 - 2 x.y` where that is precise: half the work of differences.
+struct Squares<'a> {
+    centred: Points<'a>,
+    /// The points whose differences lose nothing.
+    raw: Points<'a>,
+    /// `|x|^2` of the centred points.
+    norms: Vec<f32>,
+}
+
+impl<'a> Squares<'a> {
+    fn new(centred: Points<'a>, workers: &Workers) -> Result<Self> {
+        let norms = workers.map_with(
+            centred.rows(),
+            || vec![0.0f32; centred.dim()],
+            |row, i| {
+                centred.read(i, 0, row);
+                vector::square_norm(row) as f32
+            },
+        )?;
+        Ok(Squares {
+            raw: centred.unshifted(),
+            centred,
+            norms,
+        })
+    }
+
+    /// Those between some rows and the rows `beside`, which are packed as `columns`, as [`tile`] gives them.
+    fn tile<'s>(
+        &self,
+        rows: Range<usize>,
+        beside: Range<usize>,
+        columns: &mut Columns,
+        scratch: &'s mut Scratch,
+    ) -> &'s mut [f32] {
+        /// One pair in so many may be computed by itself before it is cheaper to compute all anew.
+        const FEW: usize = 32;
+        let norms = &self.norms[beside.clone()];
+        if columns.packed != Some(beside.clone()) {
+            columns.centred.refill(&self.centred, beside.clone());
+            columns.packed = Some(beside.clone());
+            columns.raw = None;
+        }
+        let stride = columns.centred.padded();
+        let products = tile(
+            Form::Dot,
+            &self.centred,
+            rows.clone(),
+            &columns.centred,
+            scratch,
+        );
+        let mut close = Vec::new();
+        for (i, products) in rows.clone().zip(products.chunks_exact_mut(stride)) {
+            let products = &mut products[..norms.len()];
+            if vector::squares(products, self.norms[i], norms) {
+                let is_close = |j: usize| {
+                    let sum = self.norms[i] + norms[j];
+                    !vector::is_precise(products[j], sum)
+                };
+                close.extend((0..norms.len()).filter(|&j| is_close(j)).map(|j| (i, j)));
+            }
+        }
+        if close.len() * FEW > rows.len() * norms.len() {
+            let raw = columns
+                .raw
+                .get_or_insert_with(|| Packed::new(&self.raw, beside));
+            return tile(Form::SquaredDistance, &self.raw, rows, raw, scratch);
+        }
+        let (mut x, mut y) = (vec![0.0; self.raw.dim()], vec![0.0; self.raw.dim()]);
+        let mut read = None;
+        let squares = scratch.tile();
+        for (i, j) in close {
+            if read != Some(i) {
+                self.raw.read(i, 0, &mut x);
+                read = Some(i);
+            }
+            self.raw.read(beside.start + j, 0, &mut y);
+            squares[(i - rows.start) * stride + j] = vector::square_distance(&x, &y) as f32;
+        }
+        &mut squares[..rows.len() * stride]
+    }
+}
+
+/// Rows packed as columns, as far as they were wanted.
+#[derive(Default)]
+struct Columns {
+    packed: Option<Range<usize>>,
+    centred: Packed,
+    raw: Option<Packed>,
+}
+
 fn euclidean(
-    points: &Points,
+    points: &Squares,
     clusterings: &[Clustering],
     workers: &Workers,
 ) -> Result<Vec<Silhouette>> {
-    let n = points.rows();
+    let n = points.norms.len();
     // The width fixes the order of the sums; it may depend on the shape alone.
     let width = (n / 16).next_multiple_of(12).clamp(24, 4 * BLOCK);
     let n_blocks = n.div_ceil(width);
@@ -231,24 +322,17 @@ fn euclidean(
     // Each pair of blocks once. A round holds pairs without a block in common, so that each block's
     // sums are filled in the order of the rounds, whoever computes them.
     for round in rounds(n_blocks) {
-        let scratch = || (Scratch::default(), Packed::default(), Vec::new());
+        let scratch = || (Scratch::default(), Columns::default(), Vec::new());
         workers.each_with(
             round.into_iter(),
             scratch,
             |(scratch, columns, flipped), (a, b)| {
-                columns.refill(points, range(b));
                 let mut below = lock(&blocks[b]);
                 let mut beside = (a != b).then(|| lock(&blocks[a]));
                 for start in range(a).step_by(BLOCK) {
                     let rows = start..(start + BLOCK).min(range(a).end);
-                    let squares = tile(
-                        Form::SquaredDistance,
-                        points,
-                        rows.clone(),
-                        columns,
-                        scratch,
-                    );
-                    let stride = columns.padded();
+                    let squares = points.tile(rows.clone(), range(b), columns, scratch);
+                    let stride = squares.len() / rows.len();
                     vector::roots(squares);
                     below.add(clusterings, rows.clone(), 0, squares, stride);
                     if let Some(beside) = &mut beside {
@@ -290,7 +374,7 @@ impl Sums {
     fn add(
         &mut self,
         clusterings: &[Clustering],
-        others: std::ops::Range<usize>,
+        others: Range<usize>,
         at: usize,
         distances: &[f32],
         stride: usize,

@@ -39,6 +39,18 @@ def test_tight_clusters_far_from_the_origin(metric):
     np.testing.assert_allclose(silhouette_samples(x, labels, metric), oracle(x, labels, metric), atol=tolerance)
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("copies", [0, 1, 300])
+def test_near_and_far_pairs_are_equally_precise(spread, copies):
+    """Distances come from products where rows are far apart, pair by pair or all from differences where they are not."""
+    rng = np.random.default_rng(copies)
+    labels = np.concatenate([np.arange(5), rng.integers(5, size=795)])
+    x = (rng.normal(size=(5, 48)) * spread)[labels] + rng.normal(size=(800, 48))
+    x[100 : 100 + copies] = x[100] + 1e-3 * rng.normal(size=(copies, 48))  # rows that all but coincide
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(silhouette_samples(x, labels), oracle(x, labels, "euclidean"), atol=1e-6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(3, 80),

@@ -131,6 +131,13 @@ pub(crate) struct Scratch {
     tile: Vec<f32>,
 }
 
+impl Scratch {
+    /// The last tile that was computed.
+    pub fn tile(&mut self) -> &mut [f32] {
+        &mut self.tile
+    }
+}
+
 /// Computes `form(rows[i], columns[j])` for at most [`BLOCK`] rows `i` out of `which`.
 ///
 /// Returns the tile, row-major with stride `columns.padded()`; what lies beyond the packed columns

@@ -306,6 +306,17 @@ multiversion! {
         }
     }
 
+    /// Turns products of centred points into squared distances; whether some are not precise.
+    pub fn squares(products: &mut [f32], norm: f32, norms: &[f32]) -> bool {
+        let mut close = false;
+        for (v, &other) in products.iter_mut().zip(norms) {
+            let sum = norm + other;
+            *v = sum - 2.0 * *v;
+            close |= !is_precise(*v, sum);
+        }
+        close
+    }
+
     /// The square root of each.
     pub fn roots(x: &mut [f32]) {
         for v in x {
@@ -501,6 +512,13 @@ multiversion! {
         }
         widest
     }
+}
+
+/// Whether a squared distance, as the difference of the sum of two squared norms and twice a product, has lost
+/// less than two bits.
+#[inline(always)]
+pub(crate) fn is_precise(square: f32, sum: f32) -> bool {
+    square >= 0.25 * sum
 }
 
 /// Converts half precision; exact.
