@@ -151,8 +151,9 @@ def test_fits_run_side_by_side_in_threads():
 
 def test_ctrl_c_stops_a_long_fit():
     code = (
-        "import numpy as np, sys, time\n"
+        "import numpy as np, signal\n"
         "from nest_rs.numeric import KMeans\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "x = np.random.default_rng(0).normal(size=(60_000, 512)).astype(np.float32)\n"
         "print('go', flush=True)\n"
         "try:\n"

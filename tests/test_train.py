@@ -436,7 +436,9 @@ def test_a_step_in_parts_is_the_mean_of_its_parts(
         refuse, labels, logits = step["refuse"], step["labels"], answer_logits(model, step)
         loss = sft_loss(logits[refuse], labels[refuse]) + sft_loss(logits[~refuse], labels[~refuse])
         loss.backward()
-        parts.append((float(loss), [parameter.grad for parameter in model.parameters() if parameter.requires_grad]))
+        parts.append(
+            (float(loss.detach()), [parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        )
     gradients = [(a + b) / 2 for a, b in zip(parts[0][1], parts[1][1], strict=True)]  # type: ignore[operator]
     norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
     log = train(peft_model(tiny), tokenizer, steps, tmp_path, benign_loss="sft", accumulate=2)
