@@ -42,7 +42,7 @@ def test_tight_clusters_far_from_the_origin(metric):
 @pytest.mark.parametrize("spread", [0.01, 0.3, 1.0, 3.0, 100.0])
 @pytest.mark.parametrize("copies", [0, 1, 300])
 def test_near_and_far_pairs_are_equally_precise(spread, copies):
-    """Distances come from products where rows are far apart, pair by pair or all from differences where they are not."""
+    """Distances come from products where rows are far apart, else from differences: pair by pair, or all of them."""
     rng = np.random.default_rng(copies)
     labels = np.concatenate([np.arange(5), rng.integers(5, size=795)])
     x = (rng.normal(size=(5, 48)) * spread)[labels] + rng.normal(size=(800, 48))
