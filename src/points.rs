@@ -94,15 +94,20 @@ impl<'a> Points<'a> {
 
     /// The largest norm of a point, from above.
     pub fn widest_norm(&self, workers: &Workers) -> Result<f64> {
-        let norms = workers.map_with(
+        let widest = self.square_norms(workers)?.into_iter().fold(0.0, f64::max);
+        Ok(widest.sqrt() * (1.0 + 1e-6))
+    }
+
+    /// The squared norm of each point.
+    pub fn square_norms(&self, workers: &Workers) -> Result<Vec<f64>> {
+        workers.map_with(
             self.rows(),
             || vec![0.0f32; self.dim()],
             |row, i| {
                 self.read(i, 0, row);
-                vector::square_norm(row).sqrt()
+                vector::square_norm(row)
             },
-        )?;
-        Ok(norms.into_iter().fold(0.0, f64::max) * (1.0 + 1e-6))
+        )
     }
 
     fn unit_variance(&self, workers: &Workers) -> Result<f64> {

@@ -221,18 +221,11 @@ struct Squares<'a> {
 
 impl<'a> Squares<'a> {
     fn new(centred: Points<'a>, workers: &Workers) -> Result<Self> {
-        let norms = workers.map_with(
-            centred.rows(),
-            || vec![0.0f32; centred.dim()],
-            |row, i| {
-                centred.read(i, 0, row);
-                vector::square_norm(row) as f32
-            },
-        )?;
+        let norms = centred.square_norms(workers)?;
         Ok(Squares {
             raw: centred.unshifted(),
             centred,
-            norms,
+            norms: norms.into_iter().map(|norm| norm as f32).collect(),
         })
     }
 
