@@ -27,12 +27,13 @@ from nest_rs.evidence import attach_evidence
 from nest_rs.export import check_parity, export_onnx, require_onnx
 from nest_rs.files import new_folder, read_json, write_json
 from nest_rs.fold import merge_folder
+from nest_rs.memory import halving
 from nest_rs.models import Base, load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from nest_rs.neurons import load_neurons, save_neurons, select_and_cluster
 from nest_rs.numeric import ActivationStore
 from nest_rs.patch import NestPatch
 from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
-from nest_rs.processes import is_main, wait
+from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
 from nest_rs.prompts import Prompt, encode, fitting, load_prompts, prompts_sha256, render
 from nest_rs.report import model_card
@@ -278,31 +279,50 @@ class Run:
         learning_rate: float,
         **how: Any,
     ) -> list[dict[str, float]]:
-        """Train what is trainable of a model by the run's losses and steps; `how` as for `train_deltas`."""
+        """Train what is trainable of a model by the run's losses and steps; `how` as for `train_deltas`.
+
+        Where memory runs out, the steps are computed in parts of half the size: from the last checkpoint, or anew.
+        """
         import torch
+        from peft import PeftModel
 
         from nest_rs.train import train_deltas
 
         config = self.config
-        with track("train", total=data.count, unit="steps") as advance:
-            return train_deltas(
-                model,
-                self.tokenizer,
-                data.steps,
-                output_dir=str(checkpoints),
-                learning_rate=learning_rate,
-                benign_loss=config.benign_loss,
-                benign_weight=config.benign_weight,
-                accumulate=data.parts,
-                first_weight=config.first_weight,
-                margin_weight=config.margin_weight,
-                text_weight=config.text_weight,
-                seed=config.seed,
-                bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,
-                resume=config.resume and any(checkpoints.glob("checkpoint-*")),
-                progress=advance,
-                **how,
-            )
+        trained = [value for value in model.parameters() if value.requires_grad]
+        start = [value.detach().clone() for value in trained] if isinstance(model, PeftModel) else []
+
+        def attempt(pairs: int) -> list[dict[str, float]]:
+            parts = data.finer(pairs)
+            begun = any(checkpoints.glob("checkpoint-*"))
+            resume = begun and (config.resume or pairs < data.pairs)
+            for value, first in zip(trained, start, strict=False):
+                value.data.copy_(first)
+                value.grad = None
+            with track("train", total=data.count, unit="steps") as advance:
+                return train_deltas(
+                    model,
+                    self.tokenizer,
+                    parts.steps,
+                    output_dir=str(checkpoints),
+                    learning_rate=learning_rate,
+                    benign_loss=config.benign_loss,
+                    benign_weight=config.benign_weight,
+                    accumulate=parts.parts,
+                    first_weight=config.first_weight,
+                    margin_weight=config.margin_weight,
+                    text_weight=config.text_weight,
+                    seed=config.seed,
+                    bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,
+                    resume=resume,
+                    progress=advance,
+                    **how,
+                )
+
+        # Processes would wait for the one that starts again, and only an adapter is small enough to be kept twice.
+        if share()[1] > 1 or not isinstance(model, PeftModel):
+            return attempt(data.pairs)
+        return halving(attempt, data.pairs, "requests of each class at a time")[0]
 
     def _whitening(self, modules: list[str], data: TrainingData) -> dict[str, torch.Tensor]:
         from nest_rs.whiten import whitenings

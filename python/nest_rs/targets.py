@@ -63,6 +63,15 @@ class TrainingData:
         steps.steps = self.steps.steps[: count * self.parts]
         return replace(self, steps=steps, count=count)
 
+    @property
+    def pairs(self) -> int:
+        """Requests that each part has at least of each class."""
+        return min(len(items) for part in self.steps.steps for items in part.values())
+
+    def finer(self, pairs: int) -> TrainingData:
+        """The same steps, computed in more parts of about `pairs` requests of each class."""
+        return replace(self, steps=self.steps.finer(math.ceil(self.pairs / pairs)))
+
 
 def training_data(
     config: TuneConfig,
