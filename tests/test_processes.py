@@ -40,7 +40,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     folder = tmp_path_factory.mktemp("processes")
     prompts = write_prompts(folder / "prompts.jsonl", harmful=180, benign=180)
     os.environ["NEST_RS_CACHE"] = str(folder / "cache")
-    tune(ONE, tiny, prompts, folder / "one")
+    tune(ONE, tiny, prompts, folder / "one", "--accumulate", "2")
     for name, parts in (("two", "2"), ("lifted", "1")):
         tune(TWO, tiny, prompts, folder / name, "--accumulate", parts)
     return {name: folder / name for name in ("one", "two", "lifted")}

@@ -33,6 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-2,
         "twin_share": 0.0,
         "epochs": 5.0,
+        "batch_size": 32,
+        "accumulate": 2,
         "answer_tokens": 64,
     },
 }
@@ -66,9 +68,9 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(2.5, gt=0, description="passes over the harmful requests")
-    batch_size: int = Field(32, ge=2, description="requests a step, half harmful and half harmless")
-    accumulate: int = Field(2, ge=1, description="parts that a step is computed in; more parts take less memory")
+    epochs: float = Field(1.25, gt=0, description="passes over the harmful requests")
+    batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
+    accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
     whiten: float | None = Field(
         0.3, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
