@@ -84,7 +84,7 @@ class TuneConfig(BaseModel):
     benign_weight: float = Field(4.0, ge=0, description="weight of the harmless term")
     margin_weight: float = Field(1.0, ge=0, description="weight of the first harmless token's margin over a refusal's")
     text_weight: float = Field(8.0, ge=0, description="weight of the divergence from the base on plain text")
-    twin_share: float = Field(0.2, ge=0, lt=1, description="share of twins among the harmless requests")
+    twin_share: float = Field(0.36, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 
     suite: list[str] = Field(
