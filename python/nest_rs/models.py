@@ -185,6 +185,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     if gguf.read_bytes()[:4] != b"GGUF":
         raise NestError(f"`{gguf}` is not a GGUF file", mend="it must start with the bytes GGUF")
     log.info("converting %s to safetensors (once)", gguf.name)
+    _quiet_transformers()
     try:
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -211,6 +212,14 @@ def gguf_to_folder(gguf: Path, folder: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _quiet_transformers() -> None:
+    """Its bars and its advice would stand between ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -258,6 +267,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    _quiet_transformers()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True

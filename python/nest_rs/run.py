@@ -167,10 +167,7 @@ class Run:
 
     def _load(self, folder: Path) -> PreTrainedModel:
         import torch
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         device = pick_device(self.config.device)

@@ -83,10 +83,6 @@ class Evaluation:
         Returns:
             By suite and utility file its result, and `judges`, `kl` and `lm_eval` where asked for.
         """
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         device = pick_device(self.device)
         dtype = pick_dtype(self.dtype, device)
         tokenizer = load_tokenizer(base.folder)

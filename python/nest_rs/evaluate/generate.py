@@ -88,15 +88,15 @@ def complete(
     label: str = "generate",
 ) -> list[str | None]:
     """As `generate`, from texts in which the chat format, if any, already stands."""
-    answers = _decode(
+    answers = decode(
         model,
         tokenizer,
         texts,
-        [text[-40:] for text in texts],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         label=label,
         states=False,
+        chat=False,
     )
     return _texts(tokenizer, answers)
 
@@ -138,35 +138,17 @@ def decode(
     label: str,
     states: bool,
     decided: Callable[[str], bool] | None = None,
+    chat: bool = True,
 ) -> list[Answer | None]:
-    """As `generate`, but token ids and, with `states`, the hidden states the head read them from."""
-    return _decode(
-        model,
-        tokenizer,
-        [render(tokenizer, asked) for asked in prompts],
-        [Request.of(asked).prompt[:40] for asked in prompts],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        label=label,
-        states=states,
-        decided=decided,
-    )
+    """As `generate`, but token ids and, with `states`, the hidden states the head read them from.
 
-
-def _decode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    names: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    label: str,
-    states: bool,
-    decided: Callable[[str], bool] | None = None,
-) -> list[Answer | None]:
+    Without `chat` the prompts are texts that stand as they are.
+    """
     from transformers import GenerationConfig, StoppingCriteriaList
 
+    texts = [render(tokenizer, asked) if chat else str(asked) for asked in prompts]
+    # A text in a chat format ends with what tells it from others.
+    names = [Request.of(asked).prompt[:40] if chat else str(asked)[-40:] for asked in prompts]
     ids = encode(tokenizer, texts)
     room = model.config.get_text_config().max_position_embeddings - max_new_tokens
     kept = fitting(ids, names, room)
