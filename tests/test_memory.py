@@ -60,7 +60,7 @@ def run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of eight steps in two parts, each of four requests of each class; a checkpoint every other step."""
     monkeypatch.setenv("NEST_RS_CACHE", str(tmp_path / "cache"))
     prompts = write_prompts(tmp_path / "prompts.jsonl", harmful=80, benign=80)
-    settings = {"batch_size": 16, "epochs": 1, "dtype": "float32", "answer_tokens": 3}
+    settings = {"batch_size": 16, "accumulate": 2, "epochs": 1, "dtype": "float32", "answer_tokens": 3}
     return Run.start(
         build_config({"model": str(tiny), "prompts": str(prompts), "out": str(tmp_path / "run"), **settings})
     )
