@@ -156,9 +156,9 @@ def test_llama_cpp_writes_what_the_merged_model_writes(
     """llama.cpp is compiled on installation, so it is no requirement: `pip install llama-cpp-python`."""
     pytest.importorskip("llama_cpp")
     target = write_gguf(shipped, base, tmp_path / "target.gguf", GGMLQuantizationType.F32)
-    before = by_llama_cpp(target, ids[:4])
+    before = by_llama_cpp(target, ids)
     patch.apply(target)
     answers = by_llama_cpp(target, ids)
     assert len(answers) == 20
-    assert before != answers[:4]
+    assert before != answers  # by a patch this small, few of them
     assert answers == by_torch(merged, ids, load_tokenizer(merged).eos_token_id)
