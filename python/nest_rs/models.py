@@ -313,6 +313,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
+    _quiet_transformers()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
