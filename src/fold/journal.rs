@@ -20,6 +20,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,8 @@ use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"NESTUND1";
 const MAX_HEADER: u64 = 100_000_000;
+/// How much of a file is copied before its rows are changed.
+const WINDOW: u64 = 32 << 20;
 
 /// Puts a patch on, or takes it off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,42 +144,44 @@ impl Place {
         (!self.solid() && width <= self.stride).then_some((first, width as usize))
     }
 
-    /// Calls `work` with the offset and the place in the rows' bytes of every run.
+    /// Calls `work` with the offset and the place in the rows' bytes of every run that ends in `window`.
     fn each(
         &self,
-        mut work: impl FnMut(u64, std::ops::Range<usize>) -> std::io::Result<()>,
+        window: &Range<u64>,
+        mut work: impl FnMut(u64, Range<usize>) -> std::io::Result<()>,
     ) -> std::io::Result<()> {
         let (runs, run) = if self.solid() {
-            (1, (self.item * self.count) as usize)
+            (1, self.item * self.count)
         } else {
-            (self.count, self.item as usize)
+            (self.count, self.item)
         };
-        let mut at = 0;
-        for &offset in &self.offsets {
-            for i in 0..runs {
-                work(offset + i * self.stride, at..at + run)?;
-                at += run;
+        for (row, &offset) in self.offsets.iter().enumerate() {
+            for i in ending(offset + run, self.stride, runs, window) {
+                let at = ((row as u64 * runs + i) * run) as usize;
+                work(offset + i * self.stride, at..at + run as usize)?;
             }
         }
         Ok(())
     }
 
-    /// For columns: calls `work` with a line and the place in it and in the rows' bytes of each item.
+    /// For columns: calls `work` with a line and the place in it and in the rows' bytes of each item, for the
+    /// lines that end in `window`; writes the line back if `write` is set.
     fn each_line(
         &self,
         file: &mut File,
         (first, width): (u64, usize),
+        window: &Range<u64>,
         write: bool,
-        mut work: impl FnMut(&mut [u8], std::ops::Range<usize>),
+        mut work: impl FnMut(&mut [u8], Range<usize>),
     ) -> std::io::Result<()> {
         let (item, count) = (self.item as usize, self.count as usize);
         let mut line = vec![0; width];
-        for i in 0..count {
-            let start = SeekFrom::Start(first + i as u64 * self.stride);
+        for i in ending(first + width as u64, self.stride, self.count, window) {
+            let start = SeekFrom::Start(first + i * self.stride);
             file.seek(start)?;
             file.read_exact(&mut line)?;
             for (row, &offset) in self.offsets.iter().enumerate() {
-                let at = (row * count + i) * item;
+                let at = (row * count + i as usize) * item;
                 let column = (offset - first) as usize;
                 work(&mut line[column..column + item], at..at + item);
             }
@@ -191,10 +196,10 @@ impl Place {
     fn read(&self, file: &mut File) -> std::io::Result<Vec<u8>> {
         let mut out = vec![0; self.bytes().unwrap_or(0)];
         match self.columns() {
-            Some(columns) => self.each_line(file, columns, false, |item, at| {
+            Some(columns) => self.each_line(file, columns, &WHOLE, false, |item, at| {
                 out[at].copy_from_slice(item);
             })?,
-            None => self.each(|offset, at| {
+            None => self.each(&WHOLE, |offset, at| {
                 file.seek(SeekFrom::Start(offset))?;
                 file.read_exact(&mut out[at])
             })?,
@@ -203,16 +208,41 @@ impl Place {
     }
 
     fn write(&self, file: &mut File, bytes: &[u8]) -> std::io::Result<()> {
+        self.write_within(file, bytes, &WHOLE)
+    }
+
+    /// Writes what ends in `window`.
+    fn write_within(
+        &self,
+        file: &mut File,
+        bytes: &[u8],
+        window: &Range<u64>,
+    ) -> std::io::Result<()> {
         match self.columns() {
-            Some(columns) => self.each_line(file, columns, true, |item, at| {
+            Some(columns) => self.each_line(file, columns, window, true, |item, at| {
                 item.copy_from_slice(&bytes[at]);
             }),
-            None => self.each(|offset, at| {
+            None => self.each(window, |offset, at| {
                 file.seek(SeekFrom::Start(offset))?;
                 file.write_all(&bytes[at])
             }),
         }
     }
+}
+
+/// Everything.
+const WHOLE: Range<u64> = 0..u64::MAX;
+
+/// Which of `count` runs end in `window` (its start excluded, its end included), if the first ends at `end` and
+/// they are `stride` apart.
+fn ending(end: u64, stride: u64, count: u64, window: &Range<u64>) -> Range<u64> {
+    let until = |limit: u64| match limit.checked_sub(end) {
+        None => 0,
+        Some(past) => past
+            .checked_div(stride)
+            .map_or(count, |n| count.min(n.saturating_add(1))),
+    };
+    until(window.start)..until(window.end)
 }
 
 /// Reads rows of a file: `offsets.len()` rows, one after the other.
@@ -232,14 +262,11 @@ pub fn read_rows(root: &Path, place: &Place) -> Result<Vec<u8>> {
 impl Change {
     /// Makes the change under a journal in `state`, a folder of its own beside the files of `root`.
     ///
-    /// `durable` flushes the journal before the files are touched, and these before the journal goes. A fresh copy
-    /// that is thrown away on failure does without: flushing anything would drag the whole copy to the disk.
-    ///
     /// # Errors
     /// An earlier change is unfinished, another process is at work, the bytes in place are not the old
     /// ones, or the disk refuses. The files are then as they were, or a journal is left that
     /// [`recover`] completes.
-    pub fn commit(&self, root: &Path, state: &Path, durable: bool) -> Result<()> {
+    pub fn commit(&self, root: &Path, state: &Path) -> Result<()> {
         let _lock = lock(root)?;
         let journal = state.join("journal");
         if journal.exists() {
@@ -249,24 +276,19 @@ impl Change {
         for block in &self.blocks {
             let (path, mut file) = block.place.open(root)?;
             if block.place.read(&mut file).map_err(Error::io(&path))? != block.old {
-                return Err(Error::target(&path, "it changed while it was being read"));
+                return Err(stale(&path));
             }
             files.push((path, file));
         }
         let fresh = !state.exists();
-        let made = self.write_journal(state, &journal, durable);
+        let made = self.write_journal(state, &journal);
         if made.is_err() && fresh {
             let _ = std::fs::remove_dir(state);
         }
         made?;
         for (at, (block, (_, file))) in self.blocks.iter().zip(&mut files).enumerate() {
             let written = block.place.write(file, &block.new);
-            let done = if durable {
-                written.and_then(|()| file.sync_data())
-            } else {
-                written
-            };
-            if let Err(error) = done {
+            if let Err(error) = written.and_then(|()| file.sync_data()) {
                 self.roll_back(&mut files[..=at], &journal);
                 return Err(Error::Io {
                     path: files[at].0.clone(),
@@ -274,7 +296,77 @@ impl Change {
                 });
             }
         }
-        self.finish(state, &journal, durable)
+        self.finish(state, &journal)
+    }
+
+    /// Copies a file to `dst`, which must not exist, with the change made; the change knows it by its name.
+    ///
+    /// The rows are changed while their pages are fresh: once the system writes these out, a change of them waits.
+    /// Nothing is flushed: a copy that is cut short is there to be thrown away. Where the file system can share
+    /// the bytes of a copy, it does.
+    ///
+    /// # Errors
+    /// The bytes in place are not the old ones, the file is too short, `dst` exists, or the disk refuses.
+    pub fn copy(&self, src: &Path, dst: &Path) -> Result<()> {
+        let name = src.file_name().and_then(|name| name.to_str());
+        let of_file = |block: &&Block| Some(block.place.file.as_str()) == name;
+        let blocks: Vec<&Block> = self.blocks.iter().filter(of_file).collect();
+        let mut from = File::open(src).map_err(Error::io(src))?;
+        let length = from.metadata().map_err(Error::io(src))?.len();
+        if blocks
+            .iter()
+            .any(|block| block.place.end().is_none_or(|end| end > length))
+        {
+            return Err(Error::target(src, "it is too short for this change"));
+        }
+        for block in &blocks {
+            if block.place.read(&mut from).map_err(Error::io(src))? != block.old {
+                return Err(stale(src));
+            }
+        }
+        let mut open = OpenOptions::new();
+        let opened = open.read(true).write(true).create_new(true).open(dst);
+        let mut to = opened.map_err(Error::io(dst))?;
+        let mut at = 0;
+        loop {
+            let go_on = (&from)
+                .seek(SeekFrom::Start(at))
+                .and_then(|_| to.seek(SeekFrom::Start(at)));
+            go_on.map_err(Error::io(dst))?;
+            let moved = std::io::copy(&mut (&from).take(WINDOW), &mut to);
+            let window = at..at + moved.map_err(Error::io(dst))?;
+            if window.is_empty() {
+                return Ok(());
+            }
+            for block in &blocks {
+                let written = block.place.write_within(&mut to, &block.new, &window);
+                written.map_err(Error::io(dst))?;
+            }
+            at = window.end;
+        }
+    }
+
+    /// Notes in `state`, that of a fresh copy, that the change was made: an apply leaves its record there, a
+    /// removal deletes it. As with the copy, nothing is flushed: that would drag the whole copy to the disk.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn note(&self, state: &Path) -> Result<()> {
+        let record = record_path(state, &self.patch);
+        match self.action {
+            Action::Apply => {
+                std::fs::create_dir_all(state).map_err(Error::io(state))?;
+                let mut file = File::create(&record).map_err(Error::io(&record))?;
+                self.encode(|bytes| file.write_all(bytes))
+                    .map_err(Error::io(&record))
+            }
+            Action::Remove => {
+                remove_if_there(&record).map_err(Error::io(&record))?;
+                // Gone if it is empty.
+                let _ = std::fs::remove_dir(state);
+                Ok(())
+            }
+        }
     }
 
     /// Writes the old bytes again; the journal stays if that fails too.
@@ -291,7 +383,7 @@ impl Change {
         }
     }
 
-    fn write_journal(&self, state: &Path, journal: &Path, durable: bool) -> Result<()> {
+    fn write_journal(&self, state: &Path, journal: &Path) -> Result<()> {
         if state.is_symlink() {
             return Err(Error::target(state, "it is a link"));
         }
@@ -300,9 +392,7 @@ impl Change {
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&partial)?;
             self.encode(|bytes| file.write_all(bytes))?;
-            if durable {
-                file.sync_all()?;
-            }
+            file.sync_all()?;
             std::fs::rename(&partial, journal)
         };
         let done = write().map_err(Error::io(journal));
@@ -310,9 +400,7 @@ impl Change {
             let _ = std::fs::remove_file(&partial);
         }
         done?;
-        if durable {
-            sync_folder(state);
-        }
+        sync_folder(state);
         Ok(())
     }
 
@@ -339,27 +427,31 @@ impl Change {
         put(&hash.finalize())
     }
 
-    fn finish(&self, state: &Path, journal: &Path, durable: bool) -> Result<()> {
+    fn finish(&self, state: &Path, journal: &Path) -> Result<()> {
         let record = record_path(state, &self.patch);
         match self.action {
             Action::Apply => std::fs::rename(journal, &record).map_err(Error::io(journal))?,
-            Action::Remove => match std::fs::remove_file(&record) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::Io {
-                        path: record,
-                        source: e,
-                    });
-                }
-                _ => std::fs::remove_file(journal).map_err(Error::io(journal))?,
-            },
+            Action::Remove => {
+                remove_if_there(&record).map_err(Error::io(&record))?;
+                std::fs::remove_file(journal).map_err(Error::io(journal))?;
+            }
         }
-        if durable {
-            sync_folder(state);
-        }
+        sync_folder(state);
         // Gone if it is empty.
         let _ = std::fs::remove_dir(state);
         Ok(())
     }
+}
+
+fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn stale(path: &Path) -> Error {
+    Error::target(path, "it changed while it was being read")
 }
 
 /// Where the undo record of a patch lies.
@@ -410,7 +502,7 @@ pub fn recover(root: &Path, state: &Path) -> Result<Option<(Action, String)>> {
             .and_then(|()| file.sync_data())
             .map_err(Error::io(path))?;
     }
-    change.finish(state, &journal, true)?;
+    change.finish(state, &journal)?;
     Ok(Some((change.action, change.patch)))
 }
 
@@ -571,7 +663,7 @@ mod tests {
         let (folder, state) = folder();
         let root = folder.path();
         let on = change(Action::Apply);
-        on.commit(root, &state, true).unwrap();
+        on.commit(root, &state).unwrap();
         assert_eq!(content(root), (AFTER.0.to_vec(), AFTER.1.to_vec()));
         let record = record_path(&state, &on.patch);
         assert_eq!(read_change(&record).unwrap(), on);
@@ -579,13 +671,64 @@ mod tests {
             read_rows(root, &on.blocks[1].place).unwrap(),
             [1, 2, 3, 7, 8, 9]
         );
-        assert!(
-            on.commit(root, &state, true).is_err(),
-            "the old bytes are gone"
-        );
-        reverse(&on).commit(root, &state, true).unwrap();
+        assert!(on.commit(root, &state).is_err(), "the old bytes are gone");
+        reverse(&on).commit(root, &state).unwrap();
         assert_eq!(content(root), (vec![0; 12], vec![0; 12]));
         assert!(!state.exists());
+    }
+
+    #[test]
+    fn a_copy_holds_the_change_and_the_original_stays() {
+        let (folder, state) = folder();
+        let root = folder.path();
+        let on = change(Action::Apply);
+        let copies = tempfile::tempdir().unwrap();
+        for name in ["a", "b"] {
+            on.copy(&root.join(name), &copies.path().join(name))
+                .unwrap();
+            assert!(
+                on.copy(&root.join(name), &copies.path().join(name))
+                    .is_err()
+            );
+        }
+        assert_eq!(content(root), (vec![0; 12], vec![0; 12]));
+        assert_eq!(content(copies.path()), (AFTER.0.to_vec(), AFTER.1.to_vec()));
+        on.note(&state).unwrap();
+        assert_eq!(read_change(&record_path(&state, &on.patch)).unwrap(), on);
+        reverse(&on).note(&state).unwrap();
+        assert!(!state.exists());
+        std::fs::write(root.join("b"), [3; 12]).unwrap();
+        assert!(on.copy(&root.join("b"), &copies.path().join("c")).is_err());
+        std::fs::write(root.join("b"), [0; 11]).unwrap();
+        assert!(on.copy(&root.join("b"), &copies.path().join("c")).is_err());
+        assert!(!copies.path().join("c").exists());
+    }
+
+    #[test]
+    fn windows_part_the_runs_of_a_place() {
+        let on = change(Action::Apply);
+        for step in 1..=12 {
+            for (block, after) in on.blocks.iter().zip([AFTER.0, AFTER.1]) {
+                let mut file = tempfile::tempfile().unwrap();
+                file.write_all(&[0; 12]).unwrap();
+                for start in (0..12).step_by(step as usize) {
+                    let window = start..(start + step).min(12);
+                    block
+                        .place
+                        .write_within(&mut file, &block.new, &window)
+                        .unwrap();
+                    let mut now = [0; 12];
+                    file.seek(SeekFrom::Start(0)).unwrap();
+                    file.read_exact(&mut now).unwrap();
+                    // What lies behind the window is not touched: a copy has not got there yet.
+                    assert_eq!(now[window.end as usize..], [0; 12][window.end as usize..]);
+                }
+                let mut now = [0; 12];
+                file.seek(SeekFrom::Start(0)).unwrap();
+                file.read_exact(&mut now).unwrap();
+                assert_eq!(now, after, "windows of {step}");
+            }
+        }
     }
 
     #[test]
@@ -594,8 +737,7 @@ mod tests {
         for done in 0..=11usize {
             let (folder, state) = folder();
             let root = folder.path();
-            on.write_journal(&state, &state.join("journal"), true)
-                .unwrap();
+            on.write_journal(&state, &state.join("journal")).unwrap();
             let mut half = [0u8; 12];
             half[12 - done..].copy_from_slice(&AFTER.0[12 - done..]);
             std::fs::write(root.join("a"), half).unwrap();
@@ -614,7 +756,7 @@ mod tests {
         let (folder, state) = folder();
         let root = folder.path();
         change(Action::Apply)
-            .write_journal(&state, &state.join("journal"), true)
+            .write_journal(&state, &state.join("journal"))
             .unwrap();
         std::fs::write(root.join("b"), [3; 12]).unwrap();
         assert!(
@@ -634,7 +776,7 @@ mod tests {
             spoil(&mut bad);
             let (folder, state) = folder();
             let journal = state.join("journal");
-            bad.write_journal(&state, &journal, true).unwrap();
+            bad.write_journal(&state, &journal).unwrap();
             let result = recover(folder.path(), &state);
             assert!(result.is_err(), "{bad:?}");
             assert_eq!(content(folder.path()), (vec![0; 12], vec![0; 12]));

@@ -87,17 +87,6 @@ pub fn tensor_sha256(path: &Path, names: Option<&[String]>) -> Result<BTreeMap<S
     Ok(out)
 }
 
-/// Copies a file, letting the system move the bytes where it can; `dst` must not exist.
-///
-/// # Errors
-/// The system's.
-pub fn copy_file(src: &Path, dst: &Path) -> Result<()> {
-    let mut from = File::open(src).map_err(Error::io(src))?;
-    let mut to = File::create_new(dst).map_err(Error::io(dst))?;
-    std::io::copy(&mut from, &mut to).map_err(Error::io(dst))?;
-    Ok(())
-}
-
 /// Copies `src` to `dst` with the rows of `edits` changed. `dst` may be `src`.
 ///
 /// # Errors

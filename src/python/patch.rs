@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
+use crate::fold::Rows;
 use crate::fold::journal::{self, Action, Block, Change, Place};
-use crate::fold::{self, Rows};
 use crate::{Dtype, Error, gguf};
 
 type Bytes<'py> = PyReadonlyArray1<'py, u8>;
@@ -145,8 +145,16 @@ impl PyChange {
         Ok(PyChange(py.detach(|| journal::read_change(&path))?))
     }
 
-    fn commit(&self, py: Python<'_>, root: PathBuf, state: PathBuf, durable: bool) -> PyResult<()> {
-        Ok(py.detach(|| self.0.commit(&root, &state, durable))?)
+    fn commit(&self, py: Python<'_>, root: PathBuf, state: PathBuf) -> PyResult<()> {
+        Ok(py.detach(|| self.0.commit(&root, &state))?)
+    }
+
+    fn copy(&self, py: Python<'_>, src: PathBuf, dst: PathBuf) -> PyResult<()> {
+        Ok(py.detach(|| self.0.copy(&src, &dst))?)
+    }
+
+    fn note(&self, py: Python<'_>, state: PathBuf) -> PyResult<()> {
+        Ok(py.detach(|| self.0.note(&state))?)
     }
 
     #[getter]
@@ -181,11 +189,6 @@ fn recover(py: Python<'_>, root: PathBuf, state: PathBuf) -> PyResult<Option<(bo
     Ok(done.map(|(action, patch)| (action == Action::Remove, patch)))
 }
 
-#[pyfunction]
-fn copy_file(py: Python<'_>, src: PathBuf, dst: PathBuf) -> PyResult<()> {
-    Ok(py.detach(|| fold::copy_file(&src, &dst))?)
-}
-
 /// tensors (name, type, shape with the row width first, begin, end), strings, whole numbers
 type PyGguf = (
     Vec<(String, u32, Vec<u64>, u64, u64)>,
@@ -207,7 +210,6 @@ fn read_gguf(py: Python<'_>, path: PathBuf) -> PyResult<PyGguf> {
 pub(super) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_rows, module)?)?;
     module.add_function(wrap_pyfunction!(recover, module)?)?;
-    module.add_function(wrap_pyfunction!(copy_file, module)?)?;
     module.add_function(wrap_pyfunction!(read_gguf, module)?)?;
     module.add_class::<RowEdit>()?;
     module.add_class::<PyChange>()

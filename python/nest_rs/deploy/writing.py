@@ -40,7 +40,7 @@ def write(work: Target, blocks: Blocks, *, remove: bool, out: Path | None, overw
     if out is None:
         checkpoint.check_writable({place.file for place, _, _ in blocks})
         with one_line():
-            change.commit(checkpoint.root, checkpoint.state, durable=True)
+            change.commit(checkpoint.root, checkpoint.state)
         return work.path
     here = checkpoint.path.resolve()
     if here in (out.resolve(), *out.resolve().parents):
@@ -56,12 +56,11 @@ def write(work: Target, blocks: Blocks, *, remove: bool, out: Path | None, overw
 def _copy_folder(checkpoint: Checkpoint, change: _core.Change, out: Path, overwrite: bool) -> None:
     with new_folder(out, overwrite=overwrite) as scratch:
         for path in checkpoint.files():
-            _core.copy_file(path, scratch / path.name)
+            change.copy(path, scratch / path.name)
         state = scratch / checkpoint.state.name
         if checkpoint.state.is_dir():
             shutil.copytree(checkpoint.state, state)
-        # A copy that is cut short never takes its name, so it need not be flushed piece by piece.
-        change.commit(scratch, state, durable=False)
+        change.note(state)
 
 
 def _copy_file(work: Target, change: _core.Change, out: Path, overwrite: bool) -> None:
@@ -71,13 +70,9 @@ def _copy_file(work: Target, change: _core.Change, out: Path, overwrite: bool) -
     state = state_of(out)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        _core.copy_file(work.checkpoint.path, scratch / out.name)
-        for other in work.records.others(work.id):
-            # Records name their file. Off and on again writes one for the new name.
-            record = work.records.found[other]
-            _renamed(record, out.name, back=True).commit(scratch, scratch / state.name, durable=False)
-            _renamed(record, out.name).commit(scratch, scratch / state.name, durable=False)
-        _renamed(change, out.name).commit(scratch, scratch / state.name, durable=False)
+        change.copy(work.checkpoint.path, scratch / out.name)
+        for record in (*(work.records.found[other] for other in work.records.others(work.id)), change):
+            _renamed(record, out.name).note(scratch / state.name)
         shutil.rmtree(state, ignore_errors=True)
         if (scratch / state.name).is_dir():
             (scratch / state.name).rename(state)
@@ -86,10 +81,7 @@ def _copy_file(work: Target, change: _core.Change, out: Path, overwrite: bool) -
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _renamed(change: _core.Change, file: str, *, back: bool = False) -> _core.Change:
-    """A change of a single file for the same bytes under another name; with `back`, its reverse."""
+def _renamed(change: _core.Change, file: str) -> _core.Change:
+    """A change of a single file for the same bytes under another name."""
     blocks = [((file, *place[1:]), old, new) for place, old, new in change.blocks()]
-    if back:
-        blocks = [(place, new, old) for place, old, new in blocks]
-    remove = json.loads(change.info)["remove"] != back
-    return _core.Change(remove, change.patch, change.info, blocks)
+    return _core.Change(json.loads(change.info)["remove"], change.patch, change.info, blocks)
