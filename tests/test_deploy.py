@@ -438,3 +438,17 @@ def test_the_commands(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert 0 < facts["residual_bits_per_element"] < 4
     assert main(["verify", one, str(tmp_path / "nothing")]) == 2
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_patch_is_found_in_the_folder_of_a_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch = make_patch(base)
+    folder = tmp_path / "run" / "patch"
+    folder.mkdir(parents=True)
+    patch.save(folder / "nest_patch.safetensors")
+    assert NestPatch.load(folder).id == patch.id
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == patch.id
+    assert main(["apply", str(tmp_path / "run"), str(base), "--in-place"]) == 2
+    assert f"the folder `{tmp_path / 'run'}` holds no patch" in capsys.readouterr().err

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from nest_rs.deploy import Applied, Verdict
 
+FILE_NAME = "nest_patch.safetensors"
 FORMAT = "nest-patch/1"
 _HASHES = ("sha256_before", "sha256_after", "rows_sha256_before", "rows_sha256_after")
 _DTYPES = {
@@ -171,11 +172,12 @@ class NestPatch:
 
     @classmethod
     def load(cls, path: Path | str) -> NestPatch:
-        """Read and check a patch file.
+        """Read and check a patch file, or the one in a run's folder `patch`.
 
         Raises:
             NestError: not a patch, of another version, inconsistent, or changed since it was written.
         """
+        path = patch_file(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -333,6 +335,20 @@ def sketch(rows: NDArray[np.float32]) -> NDArray[np.float32]:
         bits ^= bits >> np.uint64(31)
     minus = np.stack([bits >> np.uint64(j) & np.uint64(1) for j in range(2)], axis=1)
     return (rows.astype(np.float64) @ (1.0 - 2.0 * minus.astype(np.float64))).astype(np.float32)
+
+
+def patch_file(path: Path | str) -> Path:
+    """The file that a path names: itself, or the patch in a folder.
+
+    Raises:
+        NestError: a folder without a patch.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / FILE_NAME).is_file():
+        raise NestError(f"the folder `{path}` holds no patch", mend=f"name the file, `{FILE_NAME}` of a run")
+    return path / FILE_NAME
 
 
 def _check(arrays: Mapping[str, NDArray[Any]], path: Path | str) -> dict[str, RowDelta]:

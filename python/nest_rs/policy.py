@@ -63,7 +63,7 @@ def update(
     known = sorted({item.category for item in run.prompts if item.kind == "harmful"})
     if category not in known:
         raise NestError(f"no harmful prompts of the category `{category}`", mend=f"use one of {listed(known, 30)}")
-    first = NestPatch.load(run.folder / "patch" / "nest_patch.safetensors")
+    first = NestPatch.load(run.folder / "patch")
     second = _second(run, out / "second", first, category, allow=allow is not None, steps=steps)
     both = first.compose(second, base=run.base.folder)
     both.save(out / "patch" / "nest_patch.safetensors")
@@ -107,7 +107,7 @@ def _second(run: Run, folder: Path, first: NestPatch, category: str, *, allow: b
     work.config.save(folder / "config.yaml")
     work.__dict__["model"] = _patched(run, first)
     work.stage("train")
-    return NestPatch.load(folder / "patch" / "nest_patch.safetensors")
+    return NestPatch.load(folder / "patch")
 
 
 def _as(prompts: Sequence[Prompt], kind: str) -> list[Prompt]:

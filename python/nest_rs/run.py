@@ -345,7 +345,7 @@ class Run:
 
     def merge(self) -> dict[str, Any]:
         """Fold the patch into a copy of the base."""
-        patch = NestPatch.load(self.folder / "patch" / "nest_patch.safetensors")
+        patch = NestPatch.load(self.folder / "patch")
         report = merge_folder(
             self.base, patch, self.folder / "merged", card=model_card(self.base, patch), overwrite=True
         )

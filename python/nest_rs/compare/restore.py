@@ -78,7 +78,7 @@ def _make(bench: Bench, kind: str, names: list[str], tasks: Path | None) -> None
         bench.save_row(tuned, replace(made, model=bench.finished(made.model)))
     base = resolve(str(folder))
     if not bench.row(patched).is_file():
-        patch = NestPatch.load(bench.run.folder / "patch" / "nest_patch.safetensors")
+        patch = NestPatch.load(bench.run.folder / "patch")
         loose = NestPatch(patch.tensors)  # not bound to the weights that it was trained on
         out = bench.row(patched).parent / "model"
         started = time.perf_counter()

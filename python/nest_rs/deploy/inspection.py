@@ -10,7 +10,8 @@ from nest_rs import _core
 from nest_rs.checkpoints import open_checkpoint
 from nest_rs.deploy.common import one_line
 from nest_rs.deploy.records import Records
-from nest_rs.patch import NestPatch
+from nest_rs.errors import NestError
+from nest_rs.patch import NestPatch, patch_file
 
 
 def applied_patches(target: Path) -> dict[str, Any]:
@@ -45,10 +46,8 @@ def describe(patch: NestPatch) -> dict[str, Any]:
 
 
 def is_patch(path: Path) -> bool:
-    """Whether a file is a patch, by its metadata alone."""
-    if not path.is_file():
-        return False
+    """Whether a file is a patch, or a folder holds one, by its metadata alone."""
     try:
-        return "nest_patch" in _core.read_header(path)[1]
-    except (ValueError, OSError):
+        return "nest_patch" in _core.read_header(patch_file(path))[1]
+    except (NestError, ValueError, OSError):
         return False
