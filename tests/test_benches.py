@@ -35,3 +35,11 @@ def test_the_bench_of_the_engine_runs(part: str, rows: int, tiny: Path) -> None:
     found = run("engine.py", part, "--model", tiny, "--threads", 1, "--repeats", 1, "--prompts", 12)[part]
     assert len(found) == rows
     assert all(row["tokens/s"] > 0 for row in found)
+
+
+def test_the_bench_of_what_states_tell_apart_runs(tiny: Path) -> None:
+    found = run("ceiling.py", "--model", tiny, "--tuned", tiny, "--layers", 1, 2, "--limit", 8)
+    assert list(found) == ["last token", "mean", "last token and mean", str(tiny)]
+    for rows in found.values():
+        assert list(rows) == ["0.02", "0.05"]
+        assert rows["0.02"]["nest-benign-validation"] == 12.5  # the one of eight above the quantile
