@@ -18,7 +18,7 @@ from typing import Any
 from nest_rs.errors import NestError
 from nest_rs.files import read_json, write_json
 from nest_rs.models import file_sha256
-from nest_rs.patch import NestPatch, evidence_sha256
+from nest_rs.patch import FILE_NAME, NestPatch, evidence_sha256
 from nest_rs.report import percent
 
 
@@ -30,7 +30,7 @@ def attach_evidence(run: Path, found: dict[str, Any], **settings: Any) -> None:
         found: `base` and `tuned`, each a result a suite, and `utility` if it was measured.
         settings: How the answers were made.
     """
-    path = run / "patch" / "nest_patch.safetensors"
+    path = run / "patch" / FILE_NAME
     if not path.is_file():
         return  # a merged folder alone can be judged too
     patch = NestPatch.load(path)

@@ -25,7 +25,7 @@ from nest_rs.files import write_json
 from nest_rs.fold import merge_folder
 from nest_rs.models import load_model
 from nest_rs.neurons import load_neurons, save_neurons, without_rows
-from nest_rs.patch import NestPatch
+from nest_rs.patch import FILE_NAME, NestPatch
 from nest_rs.prompts import Prompt
 from nest_rs.report import model_card
 from nest_rs.run import Run
@@ -66,11 +66,11 @@ def update(
     first = NestPatch.load(run.folder / "patch")
     second = _second(run, out / "second", first, category, allow=allow is not None, steps=steps)
     both = first.compose(second, base=run.base.folder)
-    both.save(out / "patch" / "nest_patch.safetensors")
+    both.save(out / "patch" / FILE_NAME)
     merge_folder(run.base, both, out / "merged", card=model_card(run.base, both), overwrite=True)
     result = {
         ("allow" if allow else "refuse"): category,
-        "patch": str(out / "patch" / "nest_patch.safetensors"),
+        "patch": str(out / "patch" / FILE_NAME),
         "trainable_params": second.trainable_params,
         "refused": _judged(run, run.folder / "merged", out / "merged", category),
     }

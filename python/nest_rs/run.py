@@ -31,7 +31,7 @@ from nest_rs.memory import halving
 from nest_rs.models import Base, load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from nest_rs.neurons import load_neurons, save_neurons, select_and_cluster
 from nest_rs.numeric import ActivationStore
-from nest_rs.patch import NestPatch
+from nest_rs.patch import FILE_NAME, NestPatch
 from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
 from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
@@ -259,7 +259,7 @@ class Run:
         patch.manifest = self._manifest()
         patch = patch.seal(self.base.folder)
         if is_main():
-            patch.save(self.folder / "patch" / "nest_patch.safetensors")
+            patch.save(self.folder / "patch" / FILE_NAME)
         self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
         self.model.set_attn_implementation(attention)
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
