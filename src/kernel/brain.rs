@@ -1,4 +1,4 @@
-//! Products in bfloat16 (`vdpbf16ps`): twice the rate of f32, and inexact.
+//! Products in bfloat16 (`vdpbf16ps`, or on tiles: [`super::amx`]): a multiple of the rate of f32, and inexact.
 //!
 //! A coordinate x becomes its nearest bfloat16 h, and the remainder x - h, exact in f32, leaves its
 //! squared norm behind: what [`super::screen`] needs to bound the error.
@@ -10,6 +10,8 @@ use core::arch::x86_64::{
     _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
+use super::amx;
+use super::isa::{Isa, active_isa};
 use super::tile::{BLOCK, Rows};
 use crate::error::Result;
 use crate::pool::Workers;
@@ -19,12 +21,51 @@ pub(super) const DEPTH: usize = 512;
 /// Coordinates converted at once: rows are read in long runs, which memory likes.
 const SLAB: usize = 2 * DEPTH;
 /// Words of two coordinates between converted rows; not a multiple of 4 KiB.
-const STRIDE: usize = SLAB / 2 + 16;
+pub(super) const STRIDE: usize = SLAB / 2 + 16;
 const LANES: usize = 16;
-/// Rows of a register block.
+/// Rows of a register block of `vdpbf16ps`.
 const ROWS: usize = 12;
 
-const _: () = assert!(BLOCK.is_multiple_of(ROWS));
+/// `(points, panel, depth, tile, tile stride, overwrite)`: as [`super::micro::Micro`], in words of two
+/// coordinates.
+///
+/// # Safety
+/// As there; `points` lie `STRIDE` apart, and `depth` is a multiple of `pairs`.
+pub(super) type Micro = unsafe fn(*const u32, *const u32, usize, *mut f32, usize, bool);
+
+/// The kernels of one instruction set.
+pub(super) struct Kernels {
+    /// Rows of a register block.
+    pub rows: usize,
+    /// Pairs of coordinates that are taken at once.
+    pub pairs: usize,
+    /// With one and with two vectors of columns a panel.
+    pub micro: [Micro; 2],
+}
+
+static KERNELS: Kernels = Kernels {
+    rows: ROWS,
+    pairs: 1,
+    micro: [micro::<1>, micro::<2>],
+};
+
+/// Those in use.
+fn kernels() -> &'static Kernels {
+    match active_isa() {
+        Isa::Amx => &amx::KERNELS,
+        _ => &KERNELS,
+    }
+}
+
+/// Rows of a register block.
+pub(super) fn register_rows() -> usize {
+    kernels().rows
+}
+
+/// Pairs that so many coordinates are padded to.
+fn pairs(coordinates: usize) -> usize {
+    coordinates.div_ceil(2).next_multiple_of(kernels().pairs)
+}
 
 /// Squared norms of some coordinates and of what rounding took from them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,7 +102,7 @@ impl Packed {
         };
         let padded = self.padded();
         self.panels.clear();
-        self.panels.resize(padded * self.dim.div_ceil(2), 0);
+        self.panels.resize(padded * pairs(self.dim), 0);
         self.squares.clear();
         let mut row = vec![0.0f32; DEPTH];
         let mut words = vec![0u32; DEPTH / 2];
@@ -71,12 +112,11 @@ impl Packed {
             for (start, depth) in blocks(self.dim) {
                 rows.read(i, start, &mut row[..depth]);
                 narrow(&mut row, depth, &mut words, &mut squares);
-                let depth = depth.div_ceil(2);
-                let at = start / 2 * padded + panel * depth * self.width + lane;
+                let at = start / 2 * padded + panel * pairs(depth) * self.width + lane;
                 for (slot, &word) in self.panels[at..]
                     .iter_mut()
                     .step_by(self.width)
-                    .zip(&words[..depth])
+                    .zip(&words[..depth.div_ceil(2)])
                 {
                     *slot = word;
                 }
@@ -177,18 +217,17 @@ pub(super) fn tile(
     assert!(which.len() <= BLOCK && which.len() == squares.len());
     assert!(rows.dim() == columns.dim && columns.width.is_multiple_of(LANES));
     let (stride, width) = (columns.padded(), columns.width);
-    assert_eq!(columns.panels.len(), stride * columns.dim.div_ceil(2));
-    let used = which.len().next_multiple_of(ROWS);
+    assert_eq!(columns.panels.len(), stride * pairs(columns.dim));
+    let kernels = kernels();
+    assert!(BLOCK.is_multiple_of(kernels.rows));
+    let used = which.len().next_multiple_of(kernels.rows);
     scratch.words.resize(BLOCK * STRIDE, 0);
     scratch.row.resize(SLAB, 0.0);
     if tile.len() < used * stride {
         tile.resize(used * stride, 0.0);
     }
-    let micro = if width == LANES {
-        micro::<1>
-    } else {
-        micro::<2>
-    };
+    let micro = kernels.micro[width / LANES - 1];
+    let _tiles = (active_isa() == Isa::Amx).then(amx::Tiles::new);
 
     let dim = columns.dim;
     // Rows mostly come one after the other: while these are multiplied, those behind them are fetched, a piece
@@ -197,7 +236,7 @@ pub(super) fn tile(
     let behind = which.clone().last().map_or(0, |last| last + 1);
     let pieces = dim.div_ceil(PIECE);
     let wanted = which.len().min(rows.rows() - behind) * pieces;
-    let calls = blocks(dim).count() * (stride / width) * (used / ROWS);
+    let calls = blocks(dim).count() * (stride / width) * (used / kernels.rows);
     let mut call = 0;
     for (start, depth) in blocks(dim) {
         let within = start % SLAB;
@@ -217,10 +256,10 @@ pub(super) fn tile(
                 }
             }
         }
-        let depth = depth.div_ceil(2);
+        let depth = pairs(depth);
         let block = &columns.panels[start / 2 * stride..(start / 2 + depth) * stride];
         for (j, panel) in block.chunks_exact(depth * width).enumerate() {
-            for i in (0..used).step_by(ROWS) {
+            for i in (0..used).step_by(kernels.rows) {
                 for piece in wanted * call / calls..wanted * (call + 1) / calls {
                     let at = piece % pieces * PIECE;
                     let (row, len) = (behind + piece / pieces, PIECE.min(dim - at));
@@ -230,9 +269,9 @@ pub(super) fn tile(
                     }
                 }
                 call += 1;
-                // SAFETY: `words` has BLOCK rows of STRIDE >= within / 2 + depth words and i + ROWS
-                // <= used <= BLOCK; `panel` has depth * width words; the tile has `used` rows of
-                // `stride` >= (j + 1) * width values; the caller runs on `Isa::Avx512Bf16`.
+                // SAFETY: `words` has BLOCK rows of STRIDE >= within / 2 + depth words and i +
+                // kernels.rows <= used <= BLOCK; `panel` has depth * width words; the tile has `used`
+                // rows of `stride` >= (j + 1) * width values; the kernels are those of `active_isa`.
                 unsafe {
                     micro(
                         scratch.words.as_ptr().add(i * STRIDE + within / 2),
@@ -282,7 +321,6 @@ unsafe fn narrow_vectors(row: &[f32], words: &mut [u32], squares: &mut Squares) 
     squares.lost += f64::from(_mm512_reduce_add_ps(lost));
 }
 
-/// As [`super::micro::Micro`], in words of two coordinates.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn micro<const VECTORS: usize>(
     points: *const u32,

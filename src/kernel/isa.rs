@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 /// An instruction set with kernels of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 with tiles of bfloat16, which screen what f32 then decides: the same bits, sooner still.
+    Amx,
     /// AVX-512 with products of bfloat16, which screen what f32 then decides: the same bits, sooner.
     Avx512Bf16,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
@@ -23,6 +25,7 @@ impl Isa {
     /// Its name in `NEST_RS_ISA`.
     pub fn name(self) -> &'static str {
         match self {
+            Isa::Amx => "amx",
             Isa::Avx512Bf16 => "avx512bf16",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
@@ -31,9 +34,16 @@ impl Isa {
         }
     }
 
+    /// True if it multiplies bfloat16.
+    pub(crate) fn has_bfloat16(self) -> bool {
+        matches!(self, Isa::Amx | Isa::Avx512Bf16)
+    }
+
     /// True if this processor has it.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => super::amx::is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
@@ -56,7 +66,8 @@ impl Isa {
     }
 }
 
-const ALL: [Isa; 5] = [
+const ALL: [Isa; 6] = [
+    Isa::Amx,
     Isa::Avx512Bf16,
     Isa::Avx512,
     Isa::Avx2,
@@ -78,8 +89,8 @@ fn choose() -> std::result::Result<Isa, String> {
 static CHOSEN: OnceLock<std::result::Result<Isa, String>> = OnceLock::new();
 
 /// The instruction set in use: the widest of this processor, or the one that the environment
-/// variable `NEST_RS_ISA` (`avx512bf16`, `avx512`, `avx2`,
-/// `neon`, `portable`) named at first use.
+/// variable `NEST_RS_ISA` (`amx`, `avx512bf16`, `avx512`,
+/// `avx2`, `neon`, `portable`) named at first use.
 pub fn active_isa() -> Isa {
     *CHOSEN
         .get_or_init(choose)

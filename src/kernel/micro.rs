@@ -31,7 +31,7 @@ pub(super) struct Kernels {
 pub(super) fn kernels(isa: Isa) -> &'static Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => &avx512::KERNELS,
+        Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512 => &avx512::KERNELS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &avx2::KERNELS,
         #[cfg(target_arch = "aarch64")]

@@ -3,8 +3,8 @@
 //! - [`isa`]: which instruction set runs, found at run time, pinned by `NEST_RS_ISA`.
 //! - [`micro`]: the register-blocked f32 micro-kernels, one for each instruction set.
 //! - [`tile`]: packing, and tiles of products or squared differences between rows and columns.
-//! - [`screen`]: approximate products with a proven error bound, in bfloat16 ([`brain`]) where the
-//!   processor has it; what they decide, they decide as f32 would.
+//! - [`screen`]: approximate products with a proven error bound, in bfloat16 ([`brain`], [`amx`])
+//!   where the processor has it; what they decide, they decide as f32 would.
 //! - [`vector`]: loops over one row, compiled once for each instruction set.
 //! - [`map`]: the read-only memory map.
 //!
@@ -32,6 +32,8 @@ pub(crate) fn prefetch<T>(slice: &[T]) {
     let _ = slice;
 }
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod brain;
 mod isa;

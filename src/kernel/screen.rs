@@ -41,7 +41,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::brain;
 #[cfg(target_arch = "x86_64")]
-use super::isa::{Isa, active_isa};
+use super::isa::active_isa;
 use super::tile::{self, BLOCK, DEPTH, Form, Rows};
 use super::vector;
 use crate::error::Result;
@@ -90,7 +90,7 @@ impl Kept {
     /// Keeps the rows, if they are long enough to gain from it and few enough to fit.
     pub fn new(rows: &impl Rows, workers: &Workers) -> Result<Self> {
         #[cfg(target_arch = "x86_64")]
-        if active_isa() == Isa::Avx512Bf16
+        if active_isa().has_bfloat16()
             && rows.dim() >= Self::MOST.1
             && brain::Rounded::size(rows.rows(), rows.dim()) <= Self::MOST.0
         {
@@ -168,7 +168,7 @@ impl Screen {
             .collect();
         let bias = index().map(|c| bias[c]).collect();
         #[cfg(target_arch = "x86_64")]
-        if active_isa() == Isa::Avx512Bf16 {
+        if active_isa().has_bfloat16() {
             let mut packed = brain::Packed::default();
             packed.refill(&rows, index());
             let mut lost = 0.0f64;
@@ -209,7 +209,12 @@ impl Screen {
             #[cfg(target_arch = "x86_64")]
             Columns::Brain(packed) => packed.padded(),
         };
-        (48 * 1024 / stride / 12 * 12).clamp(12, BLOCK / 2)
+        let rows = match &self.columns {
+            Columns::Single(_) => 12,
+            #[cfg(target_arch = "x86_64")]
+            Columns::Brain(_) => brain::register_rows(),
+        };
+        (48 * 1024 / stride / rows * rows).clamp(rows, BLOCK / 2 / rows * rows)
     }
 
     /// Screens at most [`Screen::block`] rows, which may have been kept, against all columns.
