@@ -6,12 +6,14 @@
 //! computed once, tile by tile, for all labelings, and never stored.
 //!
 //! Scratch memory for Euclidean distances: 8 bytes a row and cluster, over all labelings at once up
-//! to 64 MB (more labelings are done in several passes).
+//! to 64 MB (more labelings are done in several passes); and on processors with AMX 3 bytes a coordinate, if that
+//! is at most 250 MB.
 
 use std::ops::Range;
 use std::sync::Mutex;
 
 use crate::error::{Error, Result};
+use crate::kernel::split::{self, Split};
 use crate::kernel::{BLOCK, Form, Packed, Rows, Scratch, tile, vector};
 use crate::matrix::Matrix;
 use crate::pairs::Roots;
@@ -217,6 +219,8 @@ struct Squares<'a> {
     raw: Points<'a>,
     /// `|x|^2` of the centred points.
     norms: Vec<f32>,
+    /// The centred points once more, where their products are faster so.
+    split: Option<Split>,
 }
 
 impl<'a> Squares<'a> {
@@ -224,6 +228,7 @@ impl<'a> Squares<'a> {
         let norms = centred.square_norms(workers)?;
         Ok(Squares {
             raw: centred.unshifted(),
+            split: Split::new(&centred, workers)?,
             centred,
             norms: norms.into_iter().map(|norm| norm as f32).collect(),
         })
@@ -241,18 +246,29 @@ impl<'a> Squares<'a> {
         const FEW: usize = 32;
         let norms = &self.norms[beside.clone()];
         if columns.packed != Some(beside.clone()) {
-            columns.centred.refill(&self.centred, beside.clone());
+            match &self.split {
+                Some(split) => columns.split.refill(split, beside.clone()),
+                None => columns.centred.refill(&self.centred, beside.clone()),
+            }
             columns.packed = Some(beside.clone());
             columns.raw = None;
         }
-        let stride = columns.centred.padded();
-        let products = tile(
-            Form::Dot,
-            &self.centred,
-            rows.clone(),
-            &columns.centred,
-            scratch,
-        );
+        let (products, stride) = match &self.split {
+            Some(split) => (
+                split.tile(rows.clone(), &columns.split, scratch),
+                columns.split.padded(),
+            ),
+            None => (
+                tile(
+                    Form::Dot,
+                    &self.centred,
+                    rows.clone(),
+                    &columns.centred,
+                    scratch,
+                ),
+                columns.centred.padded(),
+            ),
+        };
         let mut close = Vec::new();
         for (i, products) in rows.clone().zip(products.chunks_exact_mut(stride)) {
             let products = &mut products[..norms.len()];
@@ -290,6 +306,7 @@ impl<'a> Squares<'a> {
 struct Columns {
     packed: Option<Range<usize>>,
     centred: Packed,
+    split: split::Columns,
     raw: Option<Packed>,
 }
 
@@ -300,7 +317,7 @@ fn euclidean(
 ) -> Result<Vec<Silhouette>> {
     let n = points.norms.len();
     // The width fixes the order of the sums; it may depend on the shape alone.
-    let width = (n / 16).next_multiple_of(12).clamp(24, 4 * BLOCK);
+    let width = (n / 16).next_multiple_of(16).clamp(32, 4 * BLOCK);
     let n_blocks = n.div_ceil(width);
     let range = |b: usize| b * width..((b + 1) * width).min(n);
     let clusters: usize = clusterings.iter().map(|c| c.sizes.len()).sum();

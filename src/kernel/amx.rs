@@ -1,4 +1,5 @@
-//! The products of [`super::brain`] on tiles (AMX): sixteen times the rate of f32, and inexact likewise.
+//! Products on tiles (AMX): those of [`super::brain`] at sixteen times the rate of f32, and exact ones of
+//! bytes at twice that.
 //!
 //! A tile register holds 16 rows of 64 bytes. [`micro`] multiplies a tile of rows, 32 coordinates of each,
 //! with a tile of columns as [`super::brain::Packed`] lays them out, pair of coordinates by pair.
@@ -11,11 +12,11 @@ use core::arch::x86_64::__cpuid_count;
 use super::brain::{Kernels, STRIDE};
 
 /// Rows of a tile.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 /// Columns of a tile; words of two coordinates in a row of it.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Rows of a register block: two tiles.
-const ROWS: usize = 2 * TILE;
+pub(super) const ROWS: usize = 2 * TILE;
 
 pub(super) static KERNELS: Kernels = Kernels {
     rows: ROWS,
@@ -25,8 +26,8 @@ pub(super) static KERNELS: Kernels = Kernels {
 
 /// True if the processor has such tiles and the system lets this process use them.
 pub(super) fn is_available() -> bool {
-    // The CPUID bits of amx-bf16 and amx-tile.
-    const BITS: u32 = 1 << 22 | 1 << 24;
+    // The CPUID bits of amx-bf16, amx-tile and amx-int8.
+    const BITS: u32 = 1 << 22 | 1 << 24 | 1 << 25;
     // A leaf beyond the last is answered with another's bits; AVX-512, which comes first, has leaf 7.
     super::isa::Isa::Avx512Bf16.is_available()
         && __cpuid_count(7, 0).edx & BITS == BITS
@@ -193,10 +194,98 @@ unsafe fn micro<const VECTORS: usize>(
             );
         }
         if !overwrite {
-            for i in 0..ROWS {
-                for c in 0..VECTORS * LANES {
-                    *tile.add(i * stride + c) += *sums.add(i * line + c);
-                }
+            if VECTORS == 2 {
+                add::<{ 2 * LANES }>(sums, tile, stride);
+            } else {
+                add::<LANES>(sums, tile, stride);
+            }
+        }
+    }
+}
+
+/// Sums of products of digits as [`super::split`] lays them out, of [`ROWS`] rows with [`LANES`] columns: for each
+/// of two groups of rows and for each of three levels, a tile of `sums`.
+///
+/// # Safety
+/// `rows` holds two groups of `depth` > 0 steps, `apart` words apart, `columns` one; `sums` six tiles;
+/// [`Tiles`] are taken.
+pub(super) unsafe fn digit_sums(
+    rows: *const u32,
+    apart: usize,
+    columns: *const u32,
+    depth: usize,
+    sums: *mut i32,
+) {
+    // SAFETY: within the bounds that the caller keeps: a step is three tiles of each group and of the columns, the
+    // high digits first. No compiled code uses tile registers.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "tilezero tmm4",
+            "tilezero tmm5",
+            "2:",
+            // With the columns' high digits, each digit of the rows has a level of its own.
+            "tileloadd tmm7, [{columns} + {line}*1]",
+            "tileloadd tmm6, [{first} + {line}*1]",
+            "tdpbssd tmm0, tmm6, tmm7",
+            "tileloadd tmm6, [{second} + {line}*1]",
+            "tdpbssd tmm3, tmm6, tmm7",
+            "tileloadd tmm6, [{first} + {line}*1 + 1024]",
+            "tdpbssd tmm1, tmm6, tmm7",
+            "tileloadd tmm6, [{second} + {line}*1 + 1024]",
+            "tdpbssd tmm4, tmm6, tmm7",
+            "tileloadd tmm6, [{first} + {line}*1 + 2048]",
+            "tdpbssd tmm2, tmm6, tmm7",
+            "tileloadd tmm6, [{second} + {line}*1 + 2048]",
+            "tdpbssd tmm5, tmm6, tmm7",
+            // With the middle ones, one level further down.
+            "tileloadd tmm7, [{columns} + {line}*1 + 1024]",
+            "tileloadd tmm6, [{first} + {line}*1]",
+            "tdpbssd tmm1, tmm6, tmm7",
+            "tileloadd tmm6, [{second} + {line}*1]",
+            "tdpbssd tmm4, tmm6, tmm7",
+            "tileloadd tmm6, [{first} + {line}*1 + 1024]",
+            "tdpbssd tmm2, tmm6, tmm7",
+            "tileloadd tmm6, [{second} + {line}*1 + 1024]",
+            "tdpbssd tmm5, tmm6, tmm7",
+            // With the low ones, two.
+            "tileloadd tmm7, [{columns} + {line}*1 + 2048]",
+            "tileloadd tmm6, [{first} + {line}*1]",
+            "tdpbssd tmm2, tmm6, tmm7",
+            "tileloadd tmm6, [{second} + {line}*1]",
+            "tdpbssd tmm5, tmm6, tmm7",
+            "add {first}, 3072",
+            "add {second}, 3072",
+            "add {columns}, 3072",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{sums} + {line}*1], tmm0",
+            "tilestored [{sums} + {line}*1 + 1024], tmm1",
+            "tilestored [{sums} + {line}*1 + 2048], tmm2",
+            "tilestored [{sums} + {line}*1 + 3072], tmm3",
+            "tilestored [{sums} + {line}*1 + 4096], tmm4",
+            "tilestored [{sums} + {line}*1 + 5120], tmm5",
+            first = inout(reg) rows => _,
+            second = inout(reg) rows.add(apart) => _,
+            columns = inout(reg) columns => _,
+            steps = inout(reg) depth => _,
+            line = in(reg) 4 * LANES,
+            sums = in(reg) sums,
+            options(nostack),
+        );
+    }
+}
+
+/// Adds a block of sums to a tile.
+unsafe fn add<const WIDTH: usize>(sums: *const f32, tile: *mut f32, stride: usize) {
+    // SAFETY: both hold ROWS rows of WIDTH values.
+    unsafe {
+        for i in 0..ROWS {
+            for c in 0..WIDTH {
+                *tile.add(i * stride + c) += *sums.add(i * WIDTH + c);
             }
         }
     }

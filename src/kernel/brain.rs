@@ -12,6 +12,7 @@ use core::arch::x86_64::{
 
 use super::amx;
 use super::isa::{Isa, active_isa};
+use super::lines::Lines;
 use super::tile::{BLOCK, Rows};
 use crate::error::Result;
 use crate::pool::Workers;
@@ -57,11 +58,6 @@ fn kernels() -> &'static Kernels {
     }
 }
 
-/// Rows of a register block.
-pub(super) fn register_rows() -> usize {
-    kernels().rows
-}
-
 /// Pairs that so many coordinates are padded to.
 fn pairs(coordinates: usize) -> usize {
     coordinates.div_ceil(2).next_multiple_of(kernels().pairs)
@@ -78,7 +74,7 @@ pub(super) struct Squares {
 /// vectors of columns, pair of coordinates by pair.
 #[derive(Default)]
 pub(super) struct Packed {
-    panels: Vec<u32>,
+    panels: Lines<u32>,
     columns: usize,
     dim: usize,
     width: usize,
@@ -101,8 +97,7 @@ impl Packed {
             LANES
         };
         let padded = self.padded();
-        self.panels.clear();
-        self.panels.resize(padded * pairs(self.dim), 0);
+        self.panels.clear_to(padded * pairs(self.dim));
         self.squares.clear();
         let mut row = vec![0.0f32; DEPTH];
         let mut words = vec![0u32; DEPTH / 2];
@@ -132,7 +127,7 @@ impl Packed {
 
 /// Rows rounded once, for several passes over them.
 pub(super) struct Rounded {
-    words: Vec<u32>,
+    words: Lines<u32>,
     squares: Vec<Squares>,
     /// Words a row: whole vectors.
     stride: usize,
@@ -147,7 +142,7 @@ impl Rounded {
     pub fn new(rows: &impl Rows, workers: &Workers) -> Result<Self> {
         let (n, dim) = (rows.rows(), rows.dim());
         let stride = dim.next_multiple_of(2 * LANES) / 2;
-        let mut words = vec![0u32; n * stride];
+        let mut words = Lines::zeros(n * stride);
         let mut squares = vec![Squares::default(); n];
         let parts = words
             .chunks_mut(BLOCK * stride)
@@ -197,7 +192,7 @@ fn round(
 /// Memory of one worker.
 #[derive(Default)]
 pub(super) struct Scratch {
-    words: Vec<u32>,
+    words: Lines<u32>,
     row: Vec<f32>,
 }
 
@@ -211,7 +206,7 @@ pub(super) fn tile(
     which: impl ExactSizeIterator<Item = usize> + Clone,
     columns: &Packed,
     scratch: &mut Scratch,
-    tile: &mut Vec<f32>,
+    tile: &mut Lines<f32>,
     squares: &mut [Squares],
 ) {
     assert!(which.len() <= BLOCK && which.len() == squares.len());
@@ -221,11 +216,9 @@ pub(super) fn tile(
     let kernels = kernels();
     assert!(BLOCK.is_multiple_of(kernels.rows));
     let used = which.len().next_multiple_of(kernels.rows);
-    scratch.words.resize(BLOCK * STRIDE, 0);
+    scratch.words.reserve(BLOCK * STRIDE);
     scratch.row.resize(SLAB, 0.0);
-    if tile.len() < used * stride {
-        tile.resize(used * stride, 0.0);
-    }
+    tile.reserve(used * stride);
     let micro = kernels.micro[width / LANES - 1];
     let _tiles = (active_isa() == Isa::Amx).then(amx::Tiles::new);
 

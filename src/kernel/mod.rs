@@ -5,7 +5,9 @@
 //! - [`tile`]: packing, and tiles of products or squared differences between rows and columns.
 //! - [`screen`]: approximate products with a proven error bound, in bfloat16 ([`brain`], [`amx`])
 //!   where the processor has it; what they decide, they decide as f32 would.
+//! - [`split`]: products as good as f32's from digits, where the processor multiplies those so much faster.
 //! - [`vector`]: loops over one row, compiled once for each instruction set.
+//! - [`lines`]: buffers that begin on a cache line.
 //! - [`map`]: the read-only memory map.
 //!
 //! # What fixes the bits
@@ -37,9 +39,15 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod brain;
 mod isa;
+mod lines;
 pub(crate) mod map;
 mod micro;
 pub(crate) mod screen;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod split;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "unsplit.rs"]
+pub(crate) mod split;
 mod tile;
 pub(crate) mod vector;
 

@@ -41,7 +41,8 @@
 #[cfg(target_arch = "x86_64")]
 use super::brain;
 #[cfg(target_arch = "x86_64")]
-use super::isa::active_isa;
+use super::isa::{Isa, active_isa};
+use super::lines::Lines;
 use super::tile::{self, BLOCK, DEPTH, Form, Rows};
 use super::vector;
 use crate::error::Result;
@@ -122,7 +123,7 @@ pub(crate) struct Scratch {
     #[cfg(target_arch = "x86_64")]
     squares: Vec<brain::Squares>,
     row: Vec<f32>,
-    tile: Vec<f32>,
+    tile: Lines<f32>,
     rows: Vec<Row>,
     low: Vec<f32>,
 }
@@ -209,12 +210,17 @@ impl Screen {
             #[cfg(target_arch = "x86_64")]
             Columns::Brain(packed) => packed.padded(),
         };
-        let rows = match &self.columns {
-            Columns::Single(_) => 12,
-            #[cfg(target_arch = "x86_64")]
-            Columns::Brain(_) => brain::register_rows(),
+        let (rows, most) = match active_isa() {
+            // The second-level cache is as large again.
+            Isa::Amx => (32, BLOCK),
+            _ => (12, BLOCK / 2),
         };
-        (48 * 1024 / stride / rows * rows).clamp(rows, BLOCK / 2 / rows * rows)
+        (48 * 1024 / stride / rows * rows).clamp(rows, most)
+    }
+
+    /// Whether a row is screened against all columns sooner than its coordinates are fetched from memory.
+    pub fn is_cheap(&self) -> bool {
+        active_isa() == Isa::Amx && self.bias.len() <= 1024
     }
 
     /// Screens at most [`Screen::block`] rows, which may have been kept, against all columns.

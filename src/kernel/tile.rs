@@ -1,6 +1,7 @@
 //! Tiles of dot products or squared distances between a block of rows and packed columns.
 
 use super::isa::active_isa;
+use super::lines::Lines;
 use super::micro::{Kernels, kernels};
 use super::vector;
 
@@ -58,7 +59,7 @@ pub(crate) enum Form {
 /// coordinate.
 #[derive(Default)]
 pub(crate) struct Packed {
-    panels: Vec<f32>,
+    panels: Lines<f32>,
     columns: usize,
     dim: usize,
     width: usize,
@@ -88,8 +89,7 @@ impl Packed {
             lanes
         };
         let padded = self.padded();
-        self.panels.clear();
-        self.panels.resize(padded * self.dim, 0.0);
+        self.panels.clear_to(padded * self.dim);
         self.row.resize(SLAB, 0.0);
         let (width, row) = (self.width, &mut self.row);
         // Long runs of a row, and few enough that the panels they are scattered into stay in cache.
@@ -127,11 +127,18 @@ pub(super) fn blocks(dim: usize) -> impl Iterator<Item = (usize, usize)> {
 /// Memory of one worker: 400 KB and one tile.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    points: Vec<f32>,
-    tile: Vec<f32>,
+    points: Lines<f32>,
+    tile: Lines<f32>,
 }
 
 impl Scratch {
+    /// A tile to be computed.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn room(&mut self, len: usize) -> &mut [f32] {
+        self.tile.reserve(len);
+        &mut self.tile[..len]
+    }
+
     /// The last tile that was computed.
     pub fn tile(&mut self) -> &mut [f32] {
         &mut self.tile
@@ -155,10 +162,8 @@ pub(crate) fn tile<'s>(
     let (stride, width, dim) = (columns.padded(), columns.width, columns.dim);
     assert_eq!(columns.panels.len(), stride * dim);
     let used = which.len().next_multiple_of(kernels.rows);
-    scratch.points.resize(BLOCK * STRIDE, 0.0);
-    if scratch.tile.len() < used * stride {
-        scratch.tile.resize(used * stride, 0.0);
-    }
+    scratch.points.reserve(BLOCK * STRIDE);
+    scratch.tile.reserve(used * stride);
     let micro = match form {
         Form::Dot => kernels.dot,
         Form::SquaredDistance => kernels.square,
@@ -207,7 +212,7 @@ pub(crate) fn chains(
     scratch: &mut Scratch,
 ) -> [f32; CHAINS] {
     let dim = rows.dim();
-    scratch.points.resize(BLOCK * STRIDE, 0.0);
+    scratch.points.reserve(BLOCK * STRIDE);
     let mut total = [0.0f32; CHAINS];
     for (start, depth) in blocks(dim) {
         for (i, (&(row, _), point)) in pairs

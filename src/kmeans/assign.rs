@@ -257,6 +257,7 @@ impl Task<'_> {
 
     /// Moves the bounds, and finds the rows that they do not settle.
     fn sort_out(&mut self, work: &mut Work) {
+        let tightens = !self.plan.all.is_cheap();
         for i in 0..self.labels.len() {
             let own = self.plan.drift[self.labels[i] as usize];
             let before = f64::from(self.known[i].upper);
@@ -264,7 +265,7 @@ impl Task<'_> {
             self.known[i].lower = down(f64::from(self.known[i].lower) - self.plan.rest);
             // If the bound was tight, the distance cannot be below `before - own`.
             if self.is_settled(i)
-                || (f64::from(self.known[i].lower) > before - own && {
+                || (tightens && f64::from(self.known[i].lower) > before - own && {
                     self.tighten(i, &mut work.row);
                     self.is_settled(i)
                 })
