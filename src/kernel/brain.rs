@@ -216,9 +216,9 @@ pub(super) fn tile(
     let kernels = kernels();
     assert!(BLOCK.is_multiple_of(kernels.rows));
     let used = which.len().next_multiple_of(kernels.rows);
-    scratch.words.reserve(BLOCK * STRIDE);
+    scratch.words.resize(BLOCK * STRIDE);
     scratch.row.resize(SLAB, 0.0);
-    tile.reserve(used * stride);
+    tile.resize(used * stride);
     let micro = kernels.micro[width / LANES - 1];
     let _tiles = (active_isa() == Isa::Amx).then(amx::Tiles::new);
 

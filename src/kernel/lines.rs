@@ -26,17 +26,17 @@ impl<T: Pod> Lines<T> {
         }
     }
 
-    /// At least so many, of any value.
-    pub fn reserve(&mut self, len: usize) {
-        if self.len < len {
+    /// Makes it so long, of any values.
+    pub fn resize(&mut self, len: usize) {
+        if self.memory.len() < self.start + len {
             *self = Self::zeros(len);
         }
+        self.len = len;
     }
 
-    /// So many zeros, in the same memory if it has room.
+    /// So many zeros.
     pub fn clear_to(&mut self, len: usize) {
-        self.reserve(len);
-        self.len = len;
+        self.resize(len);
         self.fill(T::zeroed());
     }
 }
@@ -68,7 +68,7 @@ mod tests {
             assert_eq!(&lines[..], vec![0.0; len]);
             lines.fill(1.0);
         }
-        lines.reserve(9);
-        assert_eq!(lines.len(), 17);
+        lines.resize(9);
+        assert_eq!(lines[..], [1.0; 9]);
     }
 }

@@ -7,6 +7,7 @@
 //!   where the processor has it; what they decide, they decide as f32 would.
 //! - [`split`]: products as good as f32's from digits, where the processor multiplies those so much faster.
 //! - [`vector`]: loops over one row, compiled once for each instruction set.
+//! - [`transpose`]: rows as columns.
 //! - [`lines`]: buffers that begin on a cache line.
 //! - [`map`]: the read-only memory map.
 //!
@@ -49,6 +50,7 @@ pub(crate) mod split;
 #[path = "unsplit.rs"]
 pub(crate) mod split;
 mod tile;
+mod transpose;
 pub(crate) mod vector;
 
 pub(crate) use isa::check_isa;

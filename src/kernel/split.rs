@@ -10,11 +10,10 @@
 //! nothing that promises those is computed from them.
 
 use core::arch::x86_64::{
-    __m512i, _mm_storeu_si128, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512,
-    _mm512_cvtepi32_epi8, _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_i32x4,
-    _mm512_srai_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm_storeu_si128, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_cvtepi32_epi8,
+    _mm512_cvtepi32_ps, _mm512_cvtps_epi32, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_srai_epi32, _mm512_storeu_ps,
+    _mm512_sub_epi32,
 };
 use std::ops::Range;
 
@@ -22,6 +21,7 @@ use super::amx::{self, LANES, ROWS, TILE};
 use super::isa::{Isa, active_isa};
 use super::lines::Lines;
 use super::tile::{BLOCK, Rows, Scratch};
+use super::transpose::transpose;
 use super::vector;
 use crate::error::Result;
 use crate::pool::Workers;
@@ -175,13 +175,10 @@ impl Columns {
         self.scales.clear();
         self.scales
             .extend_from_slice(&rows.scales[which.start..][..padded]);
-        if self.words.len() != words.len() {
-            self.words = Lines::zeros(words.len());
-        }
+        self.words.resize(words.len());
         let tiles = words.chunks_exact(SQUARE);
         for (from, to) in tiles.zip(self.words.chunks_exact_mut(SQUARE)) {
-            // SAFETY: both are tiles.
-            unsafe { transpose(from, to) };
+            transpose(from, LANES, TILE, LANES, to, LANES);
         }
     }
 
@@ -246,53 +243,6 @@ unsafe fn levels(
                 product = _mm512_add_ps(_mm512_loadu_ps(out), product);
             }
             _mm512_storeu_ps(out, product);
-        }
-    }
-}
-
-/// Transposes the words of a tile.
-#[target_feature(enable = "avx512f")]
-unsafe fn transpose(from: &[u32], to: &mut [u32]) {
-    assert!(from.len() == SQUARE && to.len() == SQUARE);
-    // SAFETY: both have 16 lines of 16 words.
-    unsafe {
-        let x: [__m512i; 16] =
-            std::array::from_fn(|i| _mm512_loadu_si512(from.as_ptr().add(i * LANES).cast()));
-        // Pairs of lines, then fours: in each quarter of a vector, four lines of one column.
-        let pairs: [__m512i; 16] = std::array::from_fn(|i| {
-            let (a, b) = (x[i & !1], x[i | 1]);
-            if i % 2 == 0 {
-                _mm512_unpacklo_epi32(a, b)
-            } else {
-                _mm512_unpackhi_epi32(a, b)
-            }
-        });
-        let fours: [__m512i; 16] = std::array::from_fn(|i| {
-            // Column i % 4 of the lines of group i / 4.
-            let (group, column) = (i & !3, i % 4);
-            let (a, b) = (pairs[group + column / 2], pairs[group + 2 + column / 2]);
-            if column % 2 == 0 {
-                _mm512_unpacklo_epi64(a, b)
-            } else {
-                _mm512_unpackhi_epi64(a, b)
-            }
-        });
-        // The quarters that stand in even and in odd places.
-        let even = |a, b| _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
-        let odd = |a, b| _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
-        for column in 0..4 {
-            let [a, b, c, d] = std::array::from_fn(|group| fours[4 * group + column]);
-            let (evens, odds) = ((even(a, b), even(c, d)), (odd(a, b), odd(c, d)));
-            let quarters = [
-                even(evens.0, evens.1),
-                even(odds.0, odds.1),
-                odd(evens.0, evens.1),
-                odd(odds.0, odds.1),
-            ];
-            for (quarter, line) in quarters.into_iter().enumerate() {
-                let at = (4 * quarter + column) * LANES;
-                _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), line);
-            }
         }
     }
 }

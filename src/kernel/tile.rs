@@ -1,8 +1,11 @@
 //! Tiles of dot products or squared distances between a block of rows and packed columns.
 
+use bytemuck::{cast_slice, cast_slice_mut};
+
 use super::isa::active_isa;
 use super::lines::Lines;
 use super::micro::{Kernels, kernels};
+use super::transpose::transpose;
 use super::vector;
 
 /// Coordinates a block: the length of one chain of fused multiply-adds. Part of the bits.
@@ -63,7 +66,7 @@ pub(crate) struct Packed {
     columns: usize,
     dim: usize,
     width: usize,
-    row: Vec<f32>,
+    rows: Lines<f32>,
 }
 
 impl Packed {
@@ -88,25 +91,35 @@ impl Packed {
         } else {
             lanes
         };
-        let padded = self.padded();
-        self.panels.clear_to(padded * self.dim);
-        self.row.resize(SLAB, 0.0);
-        let (width, row) = (self.width, &mut self.row);
-        // Long runs of a row, and few enough that the panels they are scattered into stay in cache.
+        let (padded, width) = (self.padded(), self.width);
+        self.panels.resize(padded * self.dim);
+        self.rows.resize(lanes * STRIDE);
+        // Long runs of a row, and few enough rows at once that they stay in cache.
         for slab in (0..self.dim).step_by(SLAB) {
             let len = SLAB.min(self.dim - slab);
-            let mut ahead = which.clone().skip(1);
-            for (c, i) in which.clone().enumerate() {
-                if let Some(next) = ahead.next() {
-                    rows.prefetch(next, slab, len);
+            let (mut which, mut ahead) = (which.clone(), which.clone().skip(1));
+            for first in (0..padded).step_by(lanes) {
+                for row in self.rows.chunks_exact_mut(STRIDE) {
+                    match which.next() {
+                        Some(i) => {
+                            if let Some(next) = ahead.next() {
+                                rows.prefetch(next, slab, len);
+                            }
+                            rows.read(i, slab, &mut row[..len]);
+                        }
+                        None => row[..len].fill(0.0),
+                    }
                 }
-                rows.read(i, slab, &mut row[..len]);
                 for (start, depth) in blocks(len) {
-                    let block = &mut self.panels[(slab + start) * padded..];
-                    let panel = &mut block[c / width * depth * width..][..depth * width];
-                    let lane = panel[c % width..].iter_mut().step_by(width);
-                    lane.zip(&row[start..start + depth])
-                        .for_each(|(slot, &v)| *slot = v);
+                    let at = (slab + start) * padded + first / width * depth * width;
+                    transpose(
+                        cast_slice(&self.rows[start..]),
+                        STRIDE,
+                        depth,
+                        lanes,
+                        cast_slice_mut(&mut self.panels[at + first % width..]),
+                        width,
+                    );
                 }
             }
         }
@@ -135,7 +148,7 @@ impl Scratch {
     /// A tile to be computed.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn room(&mut self, len: usize) -> &mut [f32] {
-        self.tile.reserve(len);
+        self.tile.resize(len);
         &mut self.tile[..len]
     }
 
@@ -162,8 +175,8 @@ pub(crate) fn tile<'s>(
     let (stride, width, dim) = (columns.padded(), columns.width, columns.dim);
     assert_eq!(columns.panels.len(), stride * dim);
     let used = which.len().next_multiple_of(kernels.rows);
-    scratch.points.reserve(BLOCK * STRIDE);
-    scratch.tile.reserve(used * stride);
+    scratch.points.resize(BLOCK * STRIDE);
+    scratch.tile.resize(used * stride);
     let micro = match form {
         Form::Dot => kernels.dot,
         Form::SquaredDistance => kernels.square,
@@ -212,7 +225,7 @@ pub(crate) fn chains(
     scratch: &mut Scratch,
 ) -> [f32; CHAINS] {
     let dim = rows.dim();
-    scratch.points.reserve(BLOCK * STRIDE);
+    scratch.points.resize(BLOCK * STRIDE);
     let mut total = [0.0f32; CHAINS];
     for (start, depth) in blocks(dim) {
         for (i, (&(row, _), point)) in pairs
