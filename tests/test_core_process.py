@@ -175,7 +175,7 @@ def test_ctrl_c_stops_a_long_fit():
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         assert process.stdout.readline() == "stopped\n"
-        assert time.monotonic() - began < 1.0  # 0.5 s on an idle machine
+        assert time.monotonic() - began < 0.5
         process.wait(timeout=20)
     finally:
         process.kill()

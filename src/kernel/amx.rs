@@ -7,7 +7,6 @@
 //! as zero: within the bounds of [`super::screen`].
 
 use core::arch::asm;
-use core::arch::x86_64::__cpuid_count;
 
 use super::brain::{Kernels, STRIDE};
 
@@ -30,7 +29,7 @@ pub(super) fn is_available() -> bool {
     const BITS: u32 = 1 << 22 | 1 << 24 | 1 << 25;
     // A leaf beyond the last is answered with another's bits; AVX-512, which comes first, has leaf 7.
     super::isa::Isa::Avx512Bf16.is_available()
-        && __cpuid_count(7, 0).edx & BITS == BITS
+        && super::isa::cpuid(7).edx & BITS == BITS
         && is_permitted()
 }
 

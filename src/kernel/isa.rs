@@ -45,7 +45,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             const GENU: u32 = u32::from_le_bytes(*b"Genu");
-            self == Isa::Avx512Bf16 && core::arch::x86_64::__cpuid(0).ebx == GENU
+            self == Isa::Avx512Bf16 && cpuid(0).ebx == GENU
         }
         #[cfg(not(target_arch = "x86_64"))]
         false
@@ -75,6 +75,16 @@ impl Isa {
             #[allow(unreachable_patterns)]
             _ => false,
         }
+    }
+}
+
+/// What the processor says of itself.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn cpuid(leaf: u32) -> core::arch::x86_64::CpuidResult {
+    // SAFETY: every x86-64 processor has the instruction. Newer compilers know that.
+    #[allow(unused_unsafe)]
+    unsafe {
+        core::arch::x86_64::__cpuid_count(leaf, 0)
     }
 }
 
