@@ -34,8 +34,15 @@ impl Isa {
         }
     }
 
+    /// True if it has AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_avx512(self) -> bool {
+        matches!(self, Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512)
+    }
+
     /// True if it multiplies bfloat16.
-    pub(crate) fn has_bfloat16(self) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_bfloat16(self) -> bool {
         matches!(self, Isa::Amx | Isa::Avx512Bf16)
     }
 

@@ -35,6 +35,7 @@ impl<T: Pod> Lines<T> {
     }
 
     /// So many zeros.
+    #[cfg(target_arch = "x86_64")]
     pub fn clear_to(&mut self, len: usize) {
         self.resize(len);
         self.fill(T::zeroed());
@@ -60,6 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg(target_arch = "x86_64")]
     fn a_buffer_begins_on_a_line_however_it_came_by_its_length() {
         let mut lines = Lines::<f32>::zeros(5);
         for len in [5, 3, 1000, 17] {

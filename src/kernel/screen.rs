@@ -30,7 +30,7 @@
 //! `|q - x.c| <= |c| (|r(x)| + (|x| + |r(x)|) (t + a (1 + t)))`. The norms are those of the very rows,
 //! not their worst case: on ordinary data less than half of it.
 //!
-//! *Underflow.* vdpbf16ps takes subnormal inputs as zero (the conversion does so first, and its loss
+//! *Underflow.* vdpbf16ps and tdpbf16ps take subnormal inputs as zero (the conversion does so first, and its loss
 //! counts in r) and flushes results: at most 2^-126 for each of 2d operations; f32 chains lose less.
 //! `d 1e-37` covers both. Overflow cannot happen: [`crate::points`] scales.
 //!
@@ -40,7 +40,6 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::brain;
-#[cfg(target_arch = "x86_64")]
 use super::isa::{Isa, active_isa};
 use super::lines::Lines;
 use super::tile::{self, BLOCK, DEPTH, Form, Rows};

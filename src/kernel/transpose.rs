@@ -1,7 +1,7 @@
 //! Rows as columns: what packing for the kernels comes down to.
 
 #[cfg(target_arch = "x86_64")]
-use super::isa::{Isa, active_isa};
+use super::isa::active_isa;
 
 /// Lanes of the fast way.
 #[cfg(target_arch = "x86_64")]
@@ -18,22 +18,26 @@ pub(super) fn transpose(
 ) {
     assert!(depth > 0 && lanes > 0);
     assert!(from.len() >= (lanes - 1) * stride + depth && to.len() >= (depth - 1) * width + lanes);
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if lanes == SIDE && matches!(active_isa(), Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512) {
-        while done + SIDE <= depth {
+    let done = if lanes == SIDE && active_isa().has_avx512() {
+        let squares = depth / SIDE * SIDE;
+        for p in (0..squares).step_by(SIDE) {
             // SAFETY: SIDE lines of SIDE words are there on either side, as asserted, and `active_isa` has AVX-512.
             unsafe {
                 square(
-                    from.as_ptr().add(done),
+                    from.as_ptr().add(p),
                     stride,
-                    to.as_mut_ptr().add(done * width),
+                    to.as_mut_ptr().add(p * width),
                     width,
                 );
             }
-            done += SIDE;
         }
-    }
+        squares
+    } else {
+        0
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     for p in done..depth {
         for (c, to) in to[p * width..][..lanes].iter_mut().enumerate() {
             *to = from[c * stride + p];

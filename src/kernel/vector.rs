@@ -524,7 +524,7 @@ pub(crate) fn is_precise(square: f32, sum: f32) -> bool {
 /// Converts half precision; exact.
 pub(crate) fn widen_f16(x: &[f16], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if matches!(active_isa(), Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512) {
+    if active_isa().has_avx512() {
         // SAFETY: `active_isa` returns only what this processor has.
         return unsafe { widen_f16_avx512(x, out) };
     }
