@@ -34,8 +34,8 @@
 //! Rust too, because all share one order of fused multiply-adds. The environment variable
 //! `NEST_RS_ISA` pins one of them; [`active_isa`] tells which runs. Where AVX-512 has products of bfloat16
 //! they screen, with a proven bound on their error, what f32 then decides: not one bit changes. Euclidean
-//! silhouettes alone differ on processors with AMX, by less than 1e-6: their products there are sums of whole numbers.
-//! (Those of a sweep over at most 5,120 rows do not.)
+//! silhouettes of more than 5,120 rows alone differ on processors with AMX, by less than 1e-6: their products there are
+//! sums of whole numbers.
 //!
 //! # Threads
 //! One pool a process, made when first needed, safe to fork. `n_threads: None` takes all; [`Workers`]

@@ -6,8 +6,8 @@
 //! computed once, tile by tile, for all labelings, and never stored.
 //!
 //! Scratch memory for Euclidean distances: 8 bytes a row and cluster, over all labelings at once up
-//! to 64 MB (more labelings are done in several passes); and on processors with AMX 3 bytes a coordinate, if that
-//! is at most 250 MB.
+//! to 64 MB (more labelings are done in several passes); and on processors with AMX 3 bytes a coordinate of more
+//! than 5,120 rows, if that is at most 250 MB.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::kernel::split::{self, Split};
 use crate::kernel::{BLOCK, Form, Packed, Rows, Scratch, tile, vector};
 use crate::matrix::Matrix;
-use crate::pairs::Roots;
+use crate::pairs::{Pairs, Roots};
 use crate::points::{Points, inverse_norm};
 use crate::pool::Workers;
 
@@ -226,9 +226,15 @@ struct Squares<'a> {
 impl<'a> Squares<'a> {
     fn new(centred: Points<'a>, workers: &Workers) -> Result<Self> {
         let norms = centred.square_norms(workers)?;
+        // Where there are few rows f32 takes little time, and its bits are the same on every processor.
+        let split = if norms.len() > Pairs::MOST {
+            Split::new(&centred, workers)?
+        } else {
+            None
+        };
         Ok(Squares {
             raw: centred.unshifted(),
-            split: Split::new(&centred, workers)?,
+            split,
             centred,
             norms: norms.into_iter().map(|norm| norm as f32).collect(),
         })

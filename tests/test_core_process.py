@@ -35,9 +35,8 @@ for n_threads in json.loads(sys.argv[1]):
             fit = KMeans(9, metric=metric, n_init=2, n_threads=n_threads).fit(data)
             parts += [fit.labels_, fit.cluster_centers_, np.float64(fit.inertia_)]
             parts.append(fit.predict(data[::-1]))
-    for metric in ("sqeuclidean", "cosine"):
+    for metric in ("euclidean", "sqeuclidean", "cosine"):
         parts.append(silhouette_samples(x, fit.labels_, metric, n_threads=n_threads))
-    scores = silhouette_samples(x, fit.labels_, n_threads=n_threads)
     for s in KMeans(2, n_threads=n_threads).sweep(x[:60], [2, 3, 4], n_init=3):
         parts += [s.labels, s.cluster_centers, np.float64(s.inertia), np.float64(s.silhouette)]
     probe = LogisticProbe(n_threads=n_threads).fit(x, y)
@@ -45,7 +44,7 @@ for n_threads in json.loads(sys.argv[1]):
     stats = pooled_stats(x.reshape(300, 5, 300), np.ones((300, 5)), y[:300], n_threads=n_threads)
     parts += [stats.pooled, stats.mean, stats.var]
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in parts))
-    out[str(n_threads)] = [digest.hexdigest(), scores.tolist()]
+    out[str(n_threads)] = digest.hexdigest()
 print(json.dumps([_core.isa(), out]))
 """
 
@@ -67,7 +66,7 @@ def bits(threads, isa=None):
 
 def test_bits_do_not_depend_on_threads_or_instruction_set():
     best, by_threads = bits([1, 2, 8])
-    assert by_threads["1"] == by_threads["2"] == by_threads["8"]
+    assert len(set(by_threads.values())) == 1
     ladder = {
         "amx": ["avx512bf16", "avx512", "avx2", "portable"],
         "avx512bf16": ["avx512", "avx2", "portable"],
@@ -76,14 +75,9 @@ def test_bits_do_not_depend_on_threads_or_instruction_set():
         "neon": ["portable"],
     }
     for isa in ladder.get(best, []):
-        used, other = bits([2], isa)
+        used, digests = bits([2], isa)
         assert used == isa
-        assert other["2"][0] == by_threads["2"][0], isa
-        # Tiles multiply split numbers, in other chains than f32's.
-        if best == "amx":
-            np.testing.assert_allclose(other["2"][1], by_threads["2"][1], rtol=0, atol=1e-6)
-        else:
-            assert other["2"][1] == by_threads["2"][1], isa
+        assert digests["2"] == by_threads["2"], isa
 
 
 def test_an_unknown_instruction_set_is_an_error():

@@ -51,6 +51,19 @@ def test_near_and_far_pairs_are_equally_precise(spread, copies):
     np.testing.assert_allclose(silhouette_samples(x, labels), oracle(x, labels, "euclidean"), atol=1e-6)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("d", [3, 48, 300])
+def test_many_rows_are_as_precise_as_few(spread, d):
+    """Beyond 5,120 rows the products come from digits where the processor has tiles."""
+    rng = np.random.default_rng(d)
+    labels = np.concatenate([np.arange(5), rng.integers(5, size=5196)])
+    x = (rng.normal(size=(5, d)) * spread)[labels] + rng.normal(size=(5201, d))
+    x[100:400] = x[100] + 1e-3 * rng.normal(size=(300, d))  # rows that all but coincide
+    x[7] = 1e3 * x[7]
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(silhouette_samples(x, labels), oracle(x, labels, "euclidean"), atol=1e-6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(3, 80),

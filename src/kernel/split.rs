@@ -56,8 +56,8 @@ impl Split {
         let (n, dim) = (rows.rows(), rows.dim());
         let steps = dim.div_ceil(STEP);
         let group = steps * DIGITS * SQUARE;
-        // Blocks are read to their end.
-        let groups = n.next_multiple_of(ROWS) / TILE;
+        // Blocks begin at any group, and are read to their end.
+        let groups = n.div_ceil(TILE) + 1;
         if active_isa() != Isa::Amx || 4 * groups * group > Self::MOST {
             return Ok(None);
         }
@@ -271,7 +271,7 @@ mod tests {
                 let pairs = x[i * d..][..d].iter().zip(&x[j * d..][..d]);
                 pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
             };
-            for from in (0..n).step_by(BLOCK) {
+            for from in (0..n).step_by(TILE) {
                 let rows = from..(from + BLOCK).min(n);
                 let tile = split.tile(rows.clone(), &columns, &mut scratch);
                 for (i, line) in rows.zip(tile.chunks_exact(columns.padded())) {
