@@ -4,7 +4,7 @@ Usage: python benches/engine.py [probe] [train] [onnx] [scaling] [--model NAME] 
 
 - probe: reading the neurons, store written, beside a plain forward pass of the same batches.
 - train: a step of `train_deltas`, of LoRA (r = 8) on the same sites, and of the frozen model (forward, and backward to
-  the input of the first tuned layer), in turn on the same batches.
+  the input of the first tuned layer), in turn on the same batches; the others in packed rows as ours, and padded.
 - onnx: greedy decoding by onnxruntime-genai of the merged model, of the base, of the base with a LoRA adapter that is
   not merged, and by torch's generate, all in float32.
 - scaling: seconds of probing and of a training step against prompts, tokens, layers and sites on random models, with
@@ -36,6 +36,7 @@ from nest_rs.evaluate.generate import decode
 from nest_rs.export import export_onnx
 from nest_rs.fold import merge_folder
 from nest_rs.models import load_model, load_tokenizer, pick_dtype, resolve
+from nest_rs.packing import ATTENTION
 from nest_rs.patch import NestPatch
 from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.probe import collect_activations
@@ -129,15 +130,15 @@ def bench_train(args: argparse.Namespace) -> Rows:
         if answer is not None
     ]
     steps = Steps(harmful, benign, batch_size=16, steps=count, seed=0, pad=tokenizer.pad_token_id)
-    model.set_attn_implementation("eager")  # as a run does: the fused one is slower in the backward pass
-    lora = with_lora(copy.deepcopy(model), sites)
-    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
     first = min(site.layer for site in sites)
-    others = {
-        "lora": plain_step(lora, torch.optim.AdamW(trained, lr=1e-3)),
-        "frozen": frozen_step(copy.deepcopy(model), first),
-        "frozen, to the embeddings": frozen_step(copy.deepcopy(model), 0),
-    }
+    others = {}
+    # As a run does it, and as it is usually done: padded, with the attention that is faster in the backward pass.
+    for name, suffix in ((ATTENTION, ""), ("eager", ", padded")):
+        model.set_attn_implementation(name)
+        lora = with_lora(copy.deepcopy(model), sites)
+        trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+        others["lora" + suffix] = plain_step(lora, torch.optim.AdamW(trained, lr=1e-3))
+        others["frozen" + suffix] = frozen_step(copy.deepcopy(model), first)
     found = race(with_nest(model, sites), steps, others)
     return [
         {"work": name, **row, "ratio": round(row["seconds"] / found["nest"]["seconds"], 3)}
@@ -276,7 +277,6 @@ def bench_scaling(args: argparse.Namespace) -> Rows:
                 half = len(examples) // 2
                 batch = shape["prompts"] // 16
                 steps = Steps(examples[:half], examples[half:], batch_size=batch, steps=args.repeats + 1, seed=0, pad=0)
-                model.set_attn_implementation("eager")
                 trains.append(race(with_nest(model, sites), steps, {})["nest"]["seconds"])
             for work, seconds in (("probe", probes), ("training step", trains)):
                 rows.append(

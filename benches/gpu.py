@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nest_rs.models import load_model, resolve
+from nest_rs.packing import ATTENTION
 from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.probe import collect_activations
 from nest_rs.sites import find_sites
@@ -88,6 +89,7 @@ def train(shape: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     if method == "nest":
         row = race(with_nest(model, sites), steps, {}, warm_up=2)["nest"]
         return {**row, "GiB": peak(device)}
+    model.set_attn_implementation(ATTENTION)  # the same rows as ours
     if method == "frozen":
         step = frozen_step(model, min(site.layer for site in sites))
     else:

@@ -13,9 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from nest_rs import NestConfig
-from nest_rs.prefix import behind, prefix_cache
 from nest_rs.sites import Site
-from nest_rs.train import Batch, Example, Steps, kl_loss, sft_loss, train_deltas
+from nest_rs.train import Batch, Example, Steps, answer_logits, kl_loss, sft_loss, train_deltas
 
 
 def synchronize(device: torch.device) -> None:
@@ -72,14 +71,12 @@ def tokens_of(batch: Batch) -> int:
 
 
 def _loss(model: Any, batch: Batch) -> torch.Tensor:
-    rows, answer = batch["labels"].shape
-    cache = prefix_cache(model, batch["prefix"])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    logits = model(**inputs, **behind(cache, rows), use_cache=cache is not None, logits_to_keep=answer + 1).logits
-    logits, labels, refuse = logits[:, :-1], batch["labels"], batch["refuse"]
+    (logits,) = answer_logits(model, batch)
     with torch.no_grad():
         base = model.get_output_embeddings()(batch["states"])
-    return sft_loss(logits[refuse], labels[refuse]) + kl_loss(logits[~refuse], base, labels[~refuse])
+    refusing, keeping = logits.split([len(logits) - len(base), len(base)])
+    labels, refuse = batch["labels"], batch["refuse"]
+    return sft_loss(refusing, labels[refuse]) + kl_loss(keeping, base, labels[~refuse])
 
 
 def plain_step(model: Any, optimizer: torch.optim.Optimizer) -> Callable[[Batch], None]:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from nest_rs import NestConfig
 from nest_rs.models import load_model
 from nest_rs.sites import find_sites
-from nest_rs.train import Example, Steps, sft_loss
+from nest_rs.train import IGNORED, Example, Steps, sft_loss
 from nest_rs.whiten import WhitenedAdamW
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,7 +58,7 @@ def main() -> None:
             whole_rows = torch.cat([batch["prefix"].expand(len(batch["input_ids"]), -1), batch["input_ids"]], dim=1)
             answer = batch["labels"].shape[1]
             logits = model(whole_rows, attention_mask=batch["attention_mask"], logits_to_keep=answer + 1).logits[:, :-1]
-            loss = sft_loss(logits, batch["labels"]) * WORLD / 2
+            loss = sft_loss(logits[batch["labels"] != IGNORED], batch["labels"]) * WORLD / 2
             loss.backward()
             shown += loss.item() / WORLD
         total = torch.tensor(shown)

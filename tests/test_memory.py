@@ -81,13 +81,13 @@ def failing(at: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> l
     large: list[int] = []
     answer_logits = nest_rs.train.answer_logits
 
-    def spoilt(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        rows = len(batch["input_ids"])
+    def spoilt(model: torch.nn.Module, *batches: Batch) -> tuple[torch.Tensor, ...]:
+        rows = len(batches[0]["input_ids"])
         if rows > 4:
             large.append(rows)
             if len(large) == at:
                 raise error
-        return answer_logits(model, batch)
+        return answer_logits(model, *batches)
 
     monkeypatch.setattr(nest_rs.train, "answer_logits", spoilt)
     return large

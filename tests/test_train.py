@@ -26,6 +26,7 @@ from nest_rs.sites import find_sites
 from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, plain_texts, refusal_examples
 from nest_rs.train import (
     IGNORED,
+    Batch,
     Example,
     Steps,
     answer_logits,
@@ -136,11 +137,11 @@ def test_answer_logits_equal_those_of_one_example_alone(family: str, shared: boo
     prefix = shared_prefix([item.prompt for item in batch]) if shared else []
     assert len(prefix) == (3 if shared else 0)
     with torch.no_grad():
-        found = answer_logits(model, collate(batch, PAD, prefix))
-        for row, item in enumerate(batch):
+        (logits,) = answer_logits(model, collate(batch, PAD, prefix))
+        for item, found in zip(batch, logits.split([len(item.answer) for item in batch]), strict=True):
             alone = model(input_ids=torch.tensor([item.prompt + item.answer]), use_cache=False).logits[0]
             wanted = alone[len(item.prompt) - 1 : -1]
-            torch.testing.assert_close(found[row, : len(item.answer)], wanted, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
 
 
 def test_gradients_flow_through_the_shared_opening(tiny: Path) -> None:
@@ -149,7 +150,7 @@ def test_gradients_flow_through_the_shared_opening(tiny: Path) -> None:
     for prefix in ([], [1, 20, 21]):
         model = peft_model(tiny)
         packed = collate(batch, PAD, prefix)
-        sft_loss(answer_logits(model, packed), packed["labels"]).backward()
+        sft_loss(*answer_logits(model, packed), packed["labels"]).backward()
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     for whole, split in zip(*found, strict=True):
         assert whole is not None
@@ -161,7 +162,7 @@ def test_the_supervised_loss_is_the_mean_over_answer_tokens(tiny_model: PreTrain
     packed = collate(batch, PAD)
     surprise = []
     with torch.no_grad():
-        found = sft_loss(answer_logits(tiny_model, packed), packed["labels"])
+        found = sft_loss(*answer_logits(tiny_model, packed), packed["labels"])
         for item in batch:
             logits = tiny_model(input_ids=torch.tensor([item.prompt + item.answer])).logits[0].log_softmax(-1)
             surprise += [-float(logits[len(item.prompt) - 1 + i, token]) for i, token in enumerate(item.answer)]
@@ -176,11 +177,8 @@ def test_the_divergence_is_zero_for_equal_logits_and_equals_torchs() -> None:
     labels[2, 1:] = IGNORED
     kept = labels != IGNORED
     wanted = kl_divergence(Categorical(logits=base[kept]), Categorical(logits=tuned[kept])).mean()
-    assert float(kl_loss(tuned, base[kept], labels)) == pytest.approx(float(wanted), rel=1e-5)
-    assert float(kl_loss(base, base[kept], labels)) == pytest.approx(0, abs=1e-6)
-    # what stands beyond the answers does not count
-    tuned[~kept] = 77.0
-    assert float(kl_loss(tuned, base[kept], labels)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(kl_loss(tuned[kept], base[kept], labels)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(kl_loss(base[kept], base[kept], labels)) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_first_tokens_get_their_share() -> None:
@@ -245,7 +243,7 @@ def test_plain_text_is_the_training_prompts_with_the_states_that_predict_them(
     for text in texts:
         batch = collate([text], PAD) | {"refuse": torch.tensor([False])}
         with torch.no_grad():
-            wanted = answer_logits(tiny_model, batch)[0]
+            (wanted,) = answer_logits(tiny_model, batch)
         assert text.states is not None
         found = tiny_model.get_output_embeddings()(text.states)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -274,7 +272,7 @@ def test_weight_on_plain_text_keeps_the_tuned_model_near_the_base_there(
         )
         with torch.no_grad():
             text = steps[0]["text"]
-            drift[weight] = float(kl_loss(answer_logits(model, text), base_logits(model, text), text["labels"]))
+            drift[weight] = float(kl_loss(*answer_logits(model, text), base_logits(model, text), text["labels"]))
     assert 0 < drift[20.0] < drift[0.0] / 2
 
 
@@ -372,12 +370,17 @@ def train(
     )
 
 
+def by_class(model: PeftModel, step: Batch) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Logits and labels of the harmful answers, and of the harmless ones."""
+    (logits,) = answer_logits(model, step)
+    classes = [step["labels"][rows] for rows in (step["refuse"], ~step["refuse"])]
+    parts = logits.split([int((labels != IGNORED).sum()) for labels in classes])
+    return tuple(zip(parts, classes, strict=True))
+
+
 def total_loss(model: PeftModel, steps: Steps) -> float:
     with torch.no_grad():
-        return sum(
-            float(sft_loss(answer_logits(model, step)[step["refuse"]], step["labels"][step["refuse"]]))
-            for step in map(steps.__getitem__, range(len(steps)))
-        )
+        return sum(float(sft_loss(*by_class(model, step)[0])) for step in map(steps.__getitem__, range(len(steps))))
 
 
 @pytest.mark.parametrize("benign_loss", ["kl", "sft"])
@@ -419,9 +422,8 @@ def test_the_harmless_term_keeps_the_tuned_model_near_its_base(
         )
         with torch.no_grad():
             batch = steps[0]
-            benign = ~batch["refuse"]
-            tuned = answer_logits(model, batch)[benign]
-            drift[weight] = float(kl_loss(tuned, base_logits(model, batch), batch["labels"][benign]))
+            tuned, labels = by_class(model, batch)[1]
+            drift[weight] = float(kl_loss(tuned, base_logits(model, batch), labels))
     assert 0 < drift[5.0] < drift[0.0] / 2
 
 
@@ -433,8 +435,8 @@ def test_a_step_in_parts_is_the_mean_of_its_parts(
     parts = []
     for step in map(steps.__getitem__, range(2)):
         model.zero_grad()
-        refuse, labels, logits = step["refuse"], step["labels"], answer_logits(model, step)
-        loss = sft_loss(logits[refuse], labels[refuse]) + sft_loss(logits[~refuse], labels[~refuse])
+        refused, kept = by_class(model, step)
+        loss = sft_loss(*refused) + sft_loss(*kept)
         loss.backward()
         parts.append(
             (float(loss.detach()), [parameter.grad for parameter in model.parameters() if parameter.requires_grad])

@@ -318,7 +318,7 @@ class Export(Command):
     precision: Precision = Field("fp32", description="of the weights")
 
     def run(self) -> dict[str, Any]:
-        from nest_rs.export import check_parity, export_onnx
+        from nest_rs.export import check_parity, export_onnx, sample_of_like_length
         from nest_rs.models import load_tokenizer, resolve
         from nest_rs.prompts import embedded_prompts, encode, render
         from nest_rs.run import Run
@@ -331,8 +331,9 @@ class Export(Command):
         base = resolve(str(self.folder))
         export_onnx(base.folder, self.out, precision=self.precision)
         tokenizer = load_tokenizer(base.folder)
-        prompts = [item.prompt for item in embedded_prompts() if item.split == "validation"][:32]
-        parity = check_parity(base.folder, self.out, encode(tokenizer, [render(tokenizer, text) for text in prompts]))
+        prompts = [item.prompt for item in embedded_prompts() if item.split == "validation"]
+        ids = encode(tokenizer, [render(tokenizer, text) for text in prompts])
+        parity = check_parity(base.folder, self.out, sample_of_like_length(ids, 32, seed=0))
         return {"export": {"path": str(self.out), "precision": self.precision, **parity}}
 
     def show(self, result: dict[str, Any]) -> None:

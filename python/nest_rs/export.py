@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,13 @@ from typing import Any, Literal
 import numpy as np
 
 from nest_rs.errors import NestError
-from nest_rs.files import new_folder
+from nest_rs.evaluate.backends import of_one_length, until_end
+from nest_rs.files import new_folder, read_json
 from nest_rs.models import load_config
 from nest_rs.progress import track
+
+# Prompts decoded together.
+_TOGETHER = 8
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
@@ -103,16 +108,20 @@ def check_parity(folder: Path, onnx: Path, ids: Sequence[list[int]], *, new_toke
 
     reference = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
     exported = genai.Model(str(onnx))
+    stop = read_json(onnx / "genai_config.json")["model"]["eos_token_id"]
+    ends = {stop} if isinstance(stop, int) else {*stop}
     worst, equal, total = 0.0, 0, 0
     with track("compare with ONNX", total=len(ids), unit="prompts") as advance, torch.inference_mode():
-        for prompt in ids:
-            tokens, logits = _decode(genai, exported, prompt, new_tokens)
-            scored = torch.tensor([prompt + tokens[:-1]])
-            wanted = reference(input_ids=scored, logits_to_keep=len(tokens)).logits[0].numpy()
-            worst = max(worst, float(np.abs(wanted - logits).max()))
-            equal += int((wanted.argmax(axis=-1) == np.array(tokens)).sum())
-            total += len(tokens)
-            advance(1)
+        for batch in ([ids[index] for index in group] for group in of_one_length(ids, _TOGETHER)):
+            told, logits = _decode(genai, exported, batch, new_tokens)
+            for row, prompt in enumerate(batch):
+                tokens = until_end(told[row].tolist(), ends)
+                scored = torch.tensor([prompt + tokens[:-1]])
+                wanted = reference(input_ids=scored, logits_to_keep=len(tokens)).logits[0].numpy()
+                worst = max(worst, float(np.abs(wanted - logits[row, : len(tokens)]).max()))
+                equal += int((wanted.argmax(axis=-1) == np.array(tokens)).sum())
+                total += len(tokens)
+                advance(1)
     return {
         "max_abs_logit_diff": worst,
         "greedy_tokens_equal": equal,
@@ -121,15 +130,25 @@ def check_parity(folder: Path, onnx: Path, ids: Sequence[list[int]], *, new_toke
     }
 
 
-def _decode(genai: Any, model: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], Any]:
+def sample_of_like_length(ids: Sequence[list[int]], count: int, seed: int) -> list[list[int]]:
+    """A random choice of prompts, as far as possible in groups of one length: those are decoded together."""
+    rng = random.Random(seed)
+    mixed = rng.sample(list(ids), len(ids))
+    batches = of_one_length(mixed, _TOGETHER)
+    rng.shuffle(batches)
+    return [mixed[index] for batch in sorted(batches, key=len, reverse=True) for index in batch][:count]
+
+
+def _decode(genai: Any, model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[Any, Any]:
+    """Greedy tokens [n, tokens], and what follows an early end; the logits behind them [n, tokens, vocabulary]."""
     params = genai.GeneratorParams(model)
-    params.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False)
+    params.set_search_options(max_length=len(prompts[0]) + new_tokens, do_sample=False, batch_size=len(prompts))
     generator = genai.Generator(model, params)
-    generator.append_tokens(np.array(prompt, dtype=np.int32))
-    tokens: list[int] = []
-    logits = []
+    generator.append_tokens(np.array(prompts, dtype=np.int32))
+    tokens, logits = [], []
     while not generator.is_done():
-        logits.append(generator.get_logits().reshape(-1, generator.get_logits().shape[-1])[-1].copy())
+        found = generator.get_logits()
+        logits.append(found.reshape(len(prompts), -1, found.shape[-1])[:, -1].copy())
         generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
-    return tokens, np.stack(logits)
+        tokens.append(generator.get_next_tokens())
+    return np.stack(tokens, axis=1), np.stack(logits, axis=1)

@@ -24,7 +24,7 @@ from nest_rs.evaluate.refusal import evaluate_refusal
 from nest_rs.evaluate.suites import load_suites
 from nest_rs.evaluate.utility import check_utility, measure_utility
 from nest_rs.evidence import attach_evidence
-from nest_rs.export import check_parity, export_onnx, require_onnx
+from nest_rs.export import check_parity, export_onnx, require_onnx, sample_of_like_length
 from nest_rs.files import new_folder, read_json, write_json
 from nest_rs.fold import merge_folder
 from nest_rs.memory import halving
@@ -249,9 +249,6 @@ class Run:
         data = self.training_data
         whitening = self._whitening(list(neurons), data) if config.whiten else None
         torch.manual_seed(config.seed)
-        attention = self.model.config._attn_implementation
-        if self.model.device.type == "cpu":
-            self.model.set_attn_implementation("eager")  # the fused one is slower in the backward pass
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         checkpoints = self.folder / "train"
         losses = self.fit(model, data, checkpoints, learning_rate=config.learning_rate, whitening=whitening)
@@ -261,7 +258,6 @@ class Run:
         if is_main():
             patch.save(self.folder / "patch" / FILE_NAME)
         self.__dict__["model"] = model.unload()  # the bare base again, for the evaluation
-        self.model.set_attn_implementation(attention)
         shutil.rmtree(checkpoints, ignore_errors=True)  # of use only to a run that was cut short
         for entry in losses:
             self._log("loss", entry)
@@ -393,9 +389,8 @@ class Run:
         held_out = [item.prompt for item in self.prompts if item.split != "train"] or [
             item.prompt for item in self.prompts
         ]
-        chosen = random.Random(config.seed).sample(held_out, min(config.parity_prompts, len(held_out)))
-        ids = encode(self.tokenizer, [render(self.tokenizer, prompt) for prompt in chosen])
-        parity = check_parity(merged, out, ids)
+        ids = encode(self.tokenizer, [render(self.tokenizer, prompt) for prompt in held_out])
+        parity = check_parity(merged, out, sample_of_like_length(ids, config.parity_prompts, config.seed))
         return {"export": {"path": str(out), "precision": config.precision, **parity}}
 
     # Bookkeeping.

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Tokens of a window of plain text, and how many windows at most.
+# Tokens of a window of plain text, how many windows at most, and how many are read together.
 _WINDOW = 96
 _WINDOWS = 128
+_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,13 @@ def plain_texts(
         return [Example(window[:1], window[1:]) for window in windows]
     examples = []
     with torch.no_grad():
-        for window in windows:
-            tokens = torch.tensor([window], device=model.device)
-            states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1].cpu()
-            examples.append(Example(window[:1], window[1:], states))
+        for start in range(0, len(windows), _TOGETHER):
+            batch = windows[start : start + _TOGETHER]
+            tokens = torch.tensor(batch, device=model.device)
+            states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].cpu()
+            examples += [
+                Example(window[:1], window[1:], read.clone()) for window, read in zip(batch, states, strict=True)
+            ]
     return examples
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from nest_rs.packing import ATTENTION, attention, is_packed, pack, rounded_up
 from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.processes import share
 from nest_rs.whiten import WhitenedAdamW
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
+# Layers that mix tokens by attention alone, and how far the logits of a packed row may differ: bfloat16 rounds.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_ALIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ def collate(examples: Sequence[Example], pad: int, prefix: Sequence[int] = ()) -
     }
 
 
+def on(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 class Steps(Dataset[Batch]):
     """The steps of a run: every harmful example once an epoch, each batch beside as many harmless examples.
 
@@ -118,6 +128,12 @@ class Steps(Dataset[Batch]):
         ]
         return cut
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        examples = [*self.texts, *(item for step in self.steps for items in step.values() for item in items)]
+        return max(len(example.prompt) + len(example.answer) for example in examples)
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -160,14 +176,31 @@ def _batches(examples: Sequence[Example], size: int, count: int, rng: random.Ran
     return batches[:count]
 
 
-def answer_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The logits that predict the answer tokens, [n, answer, vocabulary]."""
+def answer_logits(model: torch.nn.Module, *batches: Batch) -> tuple[torch.Tensor, ...]:
+    """The logits that predict the answers' tokens, of each batch [tokens, vocabulary], answer after answer.
+
+    A model whose attention is `nest_rs.packing.ATTENTION` reads all batches in one pass, without their padding.
+    """
+    if not is_packed(model):
+        return tuple(_padded_logits(model, batch) for batch in batches)
+    row = pack(batches, next(model.parameters()).dtype)
+    wanted = []
+    for batch, slots in zip(batches, row.slots, strict=True):
+        kept = batch["labels"] != IGNORED
+        wanted.append(slots[:, -kept.shape[1] - 1 : -1][kept])  # a token is predicted one place before
+    sizes = [len(places) for places in wanted]
+    keep = rounded_up(torch.cat(wanted))
+    logits: torch.Tensor = model(**row.inputs, use_cache=False, logits_to_keep=keep).logits[0]
+    return torch.split(logits, [*sizes, len(keep) - sum(sizes)])[:-1]
+
+
+def _padded_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     rows, answer = batch["labels"].shape
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     cache = prefix_cache(model, batch["prefix"])
     # The last kept logit predicts beyond the answer; one more is kept before it, at the end of the prompt.
     out = model(**inputs, **behind(cache, rows), use_cache=cache is not None, logits_to_keep=answer + 1)
-    logits: torch.Tensor = out.logits[:, :-1]
+    logits: torch.Tensor = out.logits[:, :-1][batch["labels"] != IGNORED]
     return logits
 
 
@@ -187,10 +220,11 @@ def base_logits(
         return logits
     benign = ~batch["refuse"]
     rows = {name: batch[name][benign] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    rows["prefix"] = batch["prefix"]
     if reference is not None:
-        return answer_logits(reference, {**rows, "prefix": batch["prefix"]})[rows["labels"] != IGNORED]
+        return answer_logits(reference, rows)[0]
     with model.disable_adapter():
-        return answer_logits(model, {**rows, "prefix": batch["prefix"]})[rows["labels"] != IGNORED]
+        return answer_logits(model, rows)[0]
 
 
 def token_weights(labels: torch.Tensor, first: float) -> torch.Tensor:
@@ -212,9 +246,15 @@ def token_weights(labels: torch.Tensor, first: float) -> torch.Tensor:
 
 
 def sft_loss(logits: torch.Tensor, labels: torch.Tensor, first: float = 0.0) -> torch.Tensor:
-    """Cross-entropy of the answer tokens, float32, weighted by `token_weights`."""
+    """Cross-entropy of the answer tokens, float32, weighted by `token_weights`.
+
+    Args:
+        logits: [tokens, vocabulary], of the labels that are no padding.
+        labels: int64 [n, answer], padding -100.
+        first: See `token_weights`.
+    """
     kept = labels != IGNORED
-    losses = functional.cross_entropy(logits[kept].float(), labels[kept], reduction="none")
+    losses = functional.cross_entropy(logits.float(), labels[kept], reduction="none")
     return losses @ token_weights(labels, first)[kept]
 
 
@@ -222,14 +262,14 @@ def kl_loss(logits: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, firs
     """KL(base || tuned) of the answer tokens, float32, weighted alike: how far the tuned model leaves the base.
 
     Args:
-        logits: The tuned model's, [n, answer, vocabulary].
-        base: The base's of the answer tokens that are no padding, [tokens, vocabulary].
+        logits: The tuned model's of the answer tokens that are no padding, [tokens, vocabulary].
+        base: The base's of the same.
         labels: int64 [n, answer], padding -100.
         first: See `token_weights`.
     """
     kept = labels != IGNORED
-    tuned = functional.log_softmax(logits[kept].float(), dim=-1)
-    wanted = functional.log_softmax(base.float(), dim=-1)
+    tuned = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
+    wanted = functional.log_softmax(base, dim=-1, dtype=torch.float32)
     losses = functional.kl_div(tuned, wanted, log_target=True, reduction="none").sum(dim=-1)
     return losses @ token_weights(labels, first)[kept]
 
@@ -252,6 +292,41 @@ def margin_loss(logits: torch.Tensor, own: torch.Tensor, refusing: torch.Tensor)
     logits = logits[counted].float()
     gap = logits[:, refusing].logsumexp(dim=1) - logits.gather(1, own[counted, None])[:, 0]
     return functional.softplus(gap).sum() / counted.sum().clamp(min=1)
+
+
+@contextmanager
+def training_attention(model: PeftModel | PreTrainedModel, steps: Steps | None = None) -> Iterator[None]:
+    """The attention that trains fastest: packed rows where a model reads `steps` right in them.
+
+    Otherwise, on a processor, the plain one: the fused one is slower in the backward pass.
+    """
+    if steps is not None and _packs(model, steps):
+        name = ATTENTION
+    elif model.device.type == "cpu":
+        name = "eager"
+    else:
+        name = model.config.get_text_config()._attn_implementation
+    with attention(model, name):
+        yield
+
+
+def _packs(model: PeftModel | PreTrainedModel, steps: Steps) -> bool:
+    """Whether a model gives the same logits for a packed row: layers that pass states along a row do not."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not model._supports_attention_backend or kinds - _ATTENTION_LAYERS or (window and window < steps.longest):
+        return False
+    two = [items[0] for items in min(steps.steps, key=lambda step: sum(map(_length, step.values()))).values()]
+    batch = on(collate(two, steps.pad, steps.prefix), model.device)
+    with torch.no_grad():
+        (wanted,) = answer_logits(model, batch)
+        try:
+            with attention(model, ATTENTION):
+                (found,) = answer_logits(model, batch)
+        except (TypeError, ValueError):  # its attention takes no layout, or is of another kind
+            return False
+    return float((found.float() - wanted.float()).norm()) <= _ALIKE * float(wanted.float().norm())
 
 
 def train_deltas(
@@ -308,26 +383,25 @@ def train_deltas(
 
     class NestTrainer(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Batch, return_outputs: bool = False, **_: Any) -> torch.Tensor:
-            refuse, labels = inputs["refuse"], inputs["labels"]
-            logits = answer_logits(model, inputs)
-            loss = sft_loss(logits[refuse], labels[refuse], first_weight)
-            if benign_loss == "kl":
-                with torch.no_grad():
-                    base = base_logits(self.accelerator.unwrap_model(model), inputs, reference)
-                keep = kl_loss(logits[~refuse], base, labels[~refuse], first_weight)
+            texts = [inputs["text"]] if text_weight and "text" in inputs else []
+            logits, *text_logits = answer_logits(model, inputs, *texts)
+            with torch.no_grad():
+                plain = self.accelerator.unwrap_model(model)
+                base = base_logits(plain, inputs, reference) if benign_loss == "kl" else None
+                text_bases = [base_logits(plain, text, reference) for text in texts]
+            refused, kept = (inputs["labels"][rows] for rows in (inputs["refuse"], ~inputs["refuse"]))
+            lengths = (kept != IGNORED).sum(dim=1)
+            refusing, keeping = torch.split(logits, [len(logits) - int(lengths.sum()), int(lengths.sum())])
+            loss = sft_loss(refusing, refused, first_weight)
+            if base is not None:
+                loss = loss + benign_weight * kl_loss(keeping, base, kept, first_weight)
             else:
-                keep = sft_loss(logits[~refuse], labels[~refuse], first_weight)
-            loss = loss + benign_weight * keep
+                loss = loss + benign_weight * sft_loss(keeping, kept, first_weight)
             if margin_weight:
-                opening = labels[:, 0]
-                loss = loss + margin_weight * margin_loss(
-                    logits[~refuse, 0], opening[~refuse], torch.unique(opening[refuse])
-                )
-            if text_weight and "text" in inputs:
-                text = inputs["text"]
-                with torch.no_grad():
-                    base = base_logits(self.accelerator.unwrap_model(model), text, reference)
-                loss = loss + text_weight * kl_loss(answer_logits(model, text), base, text["labels"])
+                openings = keeping[lengths.cumsum(dim=0) - lengths]
+                loss = loss + margin_weight * margin_loss(openings, kept[:, 0], torch.unique(refused[:, 0]))
+            for text, found, wanted in zip(texts, text_logits, text_bases, strict=True):
+                loss = loss + text_weight * kl_loss(found, wanted, text["labels"])
             return loss
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -384,5 +458,6 @@ def train_deltas(
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
+    with training_attention(model, steps):
+        trainer.train(resume_from_checkpoint=resume or None)
     return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from nest_rs.train import Batch, Example
+from nest_rs.train import Example
 
 
 def drawn(examples: Sequence[Example], size: int, rng: random.Random) -> Iterator[list[Example]]:
@@ -16,8 +14,3 @@ def drawn(examples: Sequence[Example], size: int, rng: random.Random) -> Iterato
     while True:
         order = rng.sample(examples, len(examples))
         yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
-
-
-def on(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -215,15 +214,3 @@ def share(count: int, n: int) -> dict[str, Any]:
     """A count of n with its rate and Wilson 95 % interval."""
     found = rate(count, n)
     return {"n": n, "count": count, "rate": found["rate"], "ci95": found["ci95"]}
-
-
-@contextmanager
-def for_training(model: PreTrainedModel) -> Iterator[None]:
-    """On a processor the fused attention is slower in the backward pass than the plain one."""
-    attention = model.config._attn_implementation
-    if model.device.type == "cpu":
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention)

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nest_rs.compare.batches import drawn, on
-from nest_rs.compare.bench import Bench, Tuned, for_training
+from nest_rs.compare.batches import drawn
+from nest_rs.compare.bench import Bench, Tuned
 from nest_rs.compare.meter import metered
 from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.progress import track
-from nest_rs.train import Batch, collate
+from nest_rs.train import Batch, collate, on, training_attention
 
 _ALPHA = 10.0
 _RANK = 16
@@ -41,7 +41,7 @@ def break_circuits(bench: Bench, rate: float, share: float = 1.0) -> Tuned:
     count = bench.run.training_data.shortened(share).count
     targets = target_layers(model.config.get_text_config().num_hidden_layers)
     torch.manual_seed(config.seed)
-    with metered(model.device) as cost, for_training(model):
+    with metered(model.device) as cost, training_attention(model):
         lora = LoraConfig(
             r=_RANK,
             lora_alpha=_RANK,

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nest_rs.compare.batches import drawn, on
-from nest_rs.compare.bench import for_training
+from nest_rs.compare.batches import drawn
 from nest_rs.models import pick_dtype
 from nest_rs.prefix import shared_prefix
 from nest_rs.progress import track
-from nest_rs.train import Example, answer_logits, collate, sft_loss
+from nest_rs.train import Example, answer_logits, collate, on, sft_loss, training_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,11 +39,11 @@ def fine_tune(
     torch.manual_seed(seed)
     mixed = model.dtype == torch.float32 and pick_dtype("auto", device) == torch.bfloat16
     model.train()
-    with track(label, total=steps, unit="steps") as advance, for_training(model):
+    with track(label, total=steps, unit="steps") as advance, training_attention(model):
         for _ in range(steps):
             batch = on(collate(next(batches), pad, prefix), device)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                loss = sft_loss(answer_logits(model, batch), batch["labels"])
+                loss = sft_loss(answer_logits(model, batch)[0], batch["labels"])
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()

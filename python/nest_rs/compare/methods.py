@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nest_rs.compare.bench import Bench, Tuned, for_training
+from nest_rs.compare.bench import Bench, Tuned
 from nest_rs.compare.circuit_breaker import break_circuits
 from nest_rs.compare.meter import Cost, metered
 from nest_rs.files import read_json, write_json
@@ -72,7 +72,7 @@ def lora(bench: Bench, rank: int, rate: float, share: float = 1.0) -> Tuned:
     data = bench.run.training_data.shortened(share)
     sites = [site.module for site in find_sites(model, config.projections, config.depth)]
     torch.manual_seed(config.seed)
-    with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost, for_training(model):
+    with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost:
         adapted = get_peft_model(
             model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sites, task_type="CAUSAL_LM")
         )
@@ -88,7 +88,7 @@ def full(bench: Bench, rate: float, share: float = 1.0) -> Tuned:
     # In bfloat16 most steps of such rates would be lost to rounding.
     model = bench.copy(float32=True).requires_grad_(True)
     torch.manual_seed(config.seed)
-    with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost, for_training(model):
+    with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost:
         bench.run.fit(model, data, Path(scratch), learning_rate=rate, save=False, reference=bench.base)
     # The Trainer leaves its autocast around the model's forward pass; the weights go into a model without it.
     bare = bench.copy()

@@ -61,6 +61,13 @@ def until_end(tokens: list[int], ends: Collection[int]) -> list[int]:
     return tokens[:stop]
 
 
+def of_one_length(ids: Sequence[list[int]], size: int) -> list[list[int]]:
+    """Batches, by index, of at most `size` prompts of one length, for a graph that knows no padding."""
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    groups = [list(group) for _, group in groupby(order, key=lambda index: len(ids[index]))]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
 class OnnxBackend:
     """onnxruntime-genai on an export; prompts of one length are decoded together, as its graph knows no padding."""
 
@@ -79,13 +86,10 @@ class OnnxBackend:
     def answer(self, ids: Sequence[list[int]], max_new_tokens: int, advance: Callable[[int], None]) -> list[list[int]]:
         """See `Backend`."""
         answers: list[list[int]] = [[] for _ in ids]
-        for _, group in groupby(sorted(range(len(ids)), key=lambda i: len(ids[i])), key=lambda i: len(ids[i])):
-            same = list(group)
-            for start in range(0, len(same), _TOGETHER):
-                batch = same[start : start + _TOGETHER]
-                for index, tokens in zip(batch, self._decode([ids[i] for i in batch], max_new_tokens), strict=True):
-                    answers[index] = tokens
-                advance(len(batch))
+        for batch in of_one_length(ids, _TOGETHER):
+            for index, tokens in zip(batch, self._decode([ids[i] for i in batch], max_new_tokens), strict=True):
+                answers[index] = tokens
+            advance(len(batch))
         return answers
 
     def _decode(self, ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Tokens of a prompt, template included, for which a batch may hold its full number.
 _ORDINARY = 128
+# Tokens after which the answers that are not yet decided are begun again, among themselves.
+_ROUNDS = (6, 16)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def generate(
         batch_size: Prompts decoded together, fewer where they are long; batches hold prompts of like length. Halved,
             with a warning, where memory runs out; 0 starts with all that the memory might hold.
         label: What the progress bar says.
-        decided: Says of an answer's beginning whether no more of it is needed. A batch ends once all are decided.
+        decided: Says of an answer's beginning whether no more of it is needed. A batch ends once all are decided, and
+            the few that are not after some tokens do not hold up the others.
 
     Returns:
         An answer for each prompt, in order, without the opening it was given; None where the prompt does not fit the
@@ -64,18 +67,29 @@ def generate(
     """
     if isinstance(model, Backend):
         answers = answers_of(model, tokenizer, prompts, max_new_tokens=max_new_tokens, label=label)
-    else:
+        return _texts(tokenizer, answers)
+    texts: list[str | None] = [None] * len(prompts)
+    left = list(range(len(prompts)))
+    for tokens in [*(few for few in _ROUNDS if decided and few < max_new_tokens), max_new_tokens]:
         answers = decode(
             model,
             tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
+            [prompts[index] for index in left],
+            max_new_tokens=tokens,
             batch_size=batch_size,
             label=label,
             states=False,
             decided=decided,
         )
-    return _texts(tokenizer, answers)
+        for index, text in zip(left, _texts(tokenizer, answers), strict=True):
+            texts[index] = text
+        # One that ended before the last token has no more to say.
+        left = [
+            index
+            for index, answer in zip(left, answers, strict=True)
+            if answer is not None and len(answer.tokens) == tokens and not (decided and decided(str(texts[index])))
+        ]
+    return texts
 
 
 def complete(
