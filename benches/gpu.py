@@ -29,7 +29,7 @@ from nest_rs.packing import ATTENTION
 from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.probe import collect_activations
 from nest_rs.sites import find_sites
-from nest_rs.train import Steps
+from nest_rs.train import Steps, on
 from steps import frozen_step, plain_step, race, synthetic, timed, tokens_of, with_lora, with_nest
 
 DEPTH = (0.33, 1.0)  # where a default run looks
@@ -96,7 +96,7 @@ def train(shape: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
         tuned = with_lora(model, sites) if method == "lora" else model.requires_grad_(True)
         trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
         step = plain_step(tuned, torch.optim.AdamW(trained, lr=1e-4))
-    batches = [{name: value.to(device) for name, value in steps[i].items()} for i in range(len(steps))]
+    batches = [on(steps[i], device) for i in range(len(steps))]
     laps = [timed(lambda batch=batch: step(batch), device) for batch in batches][2:]
     seconds = statistics.median(laps)
     tokens = statistics.mean(tokens_of(batch) for batch in batches[2:])

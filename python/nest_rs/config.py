@@ -93,7 +93,7 @@ class TuneConfig(BaseModel):
     utility: list[Path] = Field([], description=".jsonl choice sets (accuracy) and .txt files (perplexity)")
     max_new_tokens: int = Field(32, ge=1, description="tokens of a judged answer")
     limit: int | None = Field(None, ge=1, description="first rows of each suite only")
-    eval_batch_size: int = Field(48, ge=0, description="answers decoded together; 0: as many as fit")
+    eval_batch_size: int = Field(96, ge=0, description="answers decoded together; 0: as many as fit")
     whole_answers: bool = Field(False, description="judge whole answers, not only until every verdict stands")
 
     export: bool = Field(True, description="export the merged model to ONNX")

@@ -84,9 +84,9 @@ class _TiedGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
         x, rows, tie = ctx.saved_tensors
-        moved = gradient.flatten(0, -2).index_select(1, rows)
-        shared = moved @ tie.to(moved.dtype)  # [tokens, k]
-        return gradient, None, (shared.T @ x.flatten(0, -2).to(shared.dtype)).to(tie.dtype), None, None
+        moved = gradient.flatten(0, -2).T[rows]  # [rows, tokens]
+        by_row = moved @ x.flatten(0, -2).to(moved.dtype)
+        return gradient, None, tie.T @ by_row.to(tie.dtype), None, None
 
 
 class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -161,7 +161,8 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not self._is_writable():
             return self._added(adapters, x, *args, **kwargs)
         # Written anew each time: it costs little, and a delta may have changed in any way since.
-        self._restore_active()
+        if len(adapters) != 1 or not self._is_alone(adapters[0]):
+            self._restore_active()
         for adapter in adapters:
             self._write(adapter)
         output = self.base_layer(x, *args, **kwargs)
@@ -190,11 +191,16 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _write(self, adapter: str) -> None:
         """Move an adapter's rows in the weight: added in float32, rounded once to the weight's dtype."""
         rows, weight = self.nest_rows[adapter], self._weight.data
-        # Subtracting would not give back the bits (rounding), so the rows themselves are kept.
-        original = weight[rows]
-        self._original_rows.append((rows, original))
+        if not self._is_alone(adapter):
+            # Subtracting would not give back the bits (rounding), so the rows themselves are kept.
+            self._original_rows.append((rows, weight[rows]))
+        original = self._original_rows[-1][1]
         delta = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
-        weight[rows] = (original.float() + delta).to(weight.dtype)
+        weight.index_copy_(0, rows, (original.float() + delta).to(weight.dtype))
+
+    def _is_alone(self, adapter: str) -> bool:
+        """Whether this adapter's rows, and no others, are moved."""
+        return len(self._original_rows) == 1 and self._original_rows[0][0] is self.nest_rows[adapter]
 
     def _restore(self) -> None:
         """Put the original rows back, bit for bit."""
