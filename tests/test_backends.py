@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nest_rs import NestError
 from nest_rs.cli import main
-from nest_rs.evaluate.backends import open_backend
+from nest_rs.evaluate.backends import of_one_length, open_backend
 from nest_rs.evaluate.generate import generate
-from nest_rs.export import export_onnx
+from nest_rs.export import export_onnx, sample_of_like_length
 
 PROMPTS = ["bake bread", "Hi", "why?", "list three things, please", "bake bread", "how do I bake a soft loaf of bread?"]
 
@@ -49,6 +49,17 @@ def test_an_engine_that_is_not_installed_is_named(tiny: Path, monkeypatch: pytes
             open_backend(name, tiny, torch.float32)
 
 
+def test_prompts_to_compare_are_a_random_choice_in_groups_of_one_length() -> None:
+    ids = [[length] * length + [number] for length, count in ((3, 19), (4, 2), (5, 9)) for number in range(count)]
+    found = sample_of_like_length(ids, 25, seed=0)
+    assert [len(group) for group in of_one_length(found, 8)] in ([8, 8, 1, 8], [8, 8, 8, 1], [8, 8, 1, 8])
+    assert all(row in ids for row in found)
+    assert len({tuple(row) for row in found}) == 25
+    assert sample_of_like_length(ids, 25, seed=0) == found != sample_of_like_length(ids, 25, seed=1)
+    assert sorted(sample_of_like_length(ids, 99, seed=0)) == sorted(ids)
+    assert [sorted(batch) for batch in of_one_length([[1], [1, 2], [3], [4]], 2)] == [[0, 2], [3], [1]]
+
+
 def test_a_batch_ends_once_all_answers_are_decided(
     tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -59,8 +70,26 @@ def test_a_batch_ends_once_all_answers_are_decided(
         return text == "" or not late.startswith(text) or len(text) > len(late) // 2
 
     short = [str(text) for text in generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=12, decided=decided)]
-    assert all(one.startswith(cut) for one, cut in zip(whole, short, strict=True))
+    assert all(one.startswith(cut.rstrip("\ufffd")) for one, cut in zip(whole, short, strict=True))
     assert len(late) // 2 < len(short[whole.index(late)]) < len(late)
+
+
+def test_one_open_answer_does_not_hold_up_the_others(
+    tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rounds = [
+        [str(text) for text in generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=tokens)]
+        for tokens in (6, 16, 40)
+    ]
+    late = max(rounds[-1], key=len)
+
+    def decided(text: str) -> bool:
+        return not late.startswith(text.rstrip("\ufffd"))  # of a character that is there in part
+
+    found = [str(text) for text in generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=40, decided=decided)]
+    taken = [next((i for i, text in enumerate(told[:2]) if decided(text)), 2) for told in zip(*rounds, strict=True)]
+    assert found == [rounds[i][row] for row, i in enumerate(taken)]
+    assert {0, 2} <= set(taken)
 
 
 @pytest.mark.parametrize("batch_size", [0, 6, 1])
