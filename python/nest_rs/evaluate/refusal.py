@@ -30,7 +30,7 @@ def rate(refused: int, n: int) -> dict[str, Any]:
         "n": n,
         "refused": refused,
         "rate": round(refused / n, 4),
-        "ci95": [round(interval.low, 4), round(interval.high, 4)],
+        "ci95": [round(float(interval.low), 4), round(float(interval.high), 4)],
     }
 
 
