@@ -324,7 +324,7 @@ def _packs(model: PeftModel | PreTrainedModel, steps: Steps) -> bool:
         try:
             with attention(model, ATTENTION):
                 (found,) = answer_logits(model, batch)
-        except (TypeError, ValueError):  # its attention takes no layout, or is of another kind
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # its layers want another layout
             return False
     return float((found.float() - wanted.float()).norm()) <= _ALIKE * float(wanted.float().norm())
 
