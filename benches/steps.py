@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from nest_rs import NestConfig
 from nest_rs.sites import Site
-from nest_rs.train import Batch, Example, Steps, answer_logits, kl_loss, on, sft_loss, train_deltas
+from nest_rs.train import Batch, Example, Steps, answer_logits, by_class, kl_loss, on, sft_loss, train_deltas
 
 
 def synchronize(device: torch.device) -> None:
@@ -74,9 +74,8 @@ def _loss(model: Any, batch: Batch) -> torch.Tensor:
     (logits,) = answer_logits(model, batch)
     with torch.no_grad():
         base = model.get_output_embeddings()(batch["states"])
-    refusing, keeping = logits.split([len(logits) - len(base), len(base)])
-    labels, refuse = batch["labels"], batch["refuse"]
-    return sft_loss(refusing, labels[refuse]) + kl_loss(keeping, base, labels[~refuse])
+    refused, (keeping, kept) = by_class(logits, batch)
+    return sft_loss(*refused) + kl_loss(keeping, base, kept)
 
 
 def plain_step(model: Any, optimizer: torch.optim.Optimizer) -> Callable[[Batch], None]:

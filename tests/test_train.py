@@ -26,11 +26,11 @@ from nest_rs.sites import find_sites
 from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, plain_texts, refusal_examples
 from nest_rs.train import (
     IGNORED,
-    Batch,
     Example,
     Steps,
     answer_logits,
     base_logits,
+    by_class,
     collate,
     kl_loss,
     margin_loss,
@@ -370,17 +370,12 @@ def train(
     )
 
 
-def by_class(model: PeftModel, step: Batch) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Logits and labels of the harmful answers, and of the harmless ones."""
-    (logits,) = answer_logits(model, step)
-    classes = [step["labels"][rows] for rows in (step["refuse"], ~step["refuse"])]
-    parts = logits.split([int((labels != IGNORED).sum()) for labels in classes])
-    return tuple(zip(parts, classes, strict=True))
-
-
 def total_loss(model: PeftModel, steps: Steps) -> float:
     with torch.no_grad():
-        return sum(float(sft_loss(*by_class(model, step)[0])) for step in map(steps.__getitem__, range(len(steps))))
+        return sum(
+            float(sft_loss(*by_class(*answer_logits(model, step), step)[0]))
+            for step in map(steps.__getitem__, range(len(steps)))
+        )
 
 
 @pytest.mark.parametrize("benign_loss", ["kl", "sft"])
@@ -422,7 +417,7 @@ def test_the_harmless_term_keeps_the_tuned_model_near_its_base(
         )
         with torch.no_grad():
             batch = steps[0]
-            tuned, labels = by_class(model, batch)[1]
+            tuned, labels = by_class(*answer_logits(model, batch), batch)[1]
             drift[weight] = float(kl_loss(tuned, base_logits(model, batch), labels))
     assert 0 < drift[5.0] < drift[0.0] / 2
 
@@ -435,7 +430,7 @@ def test_a_step_in_parts_is_the_mean_of_its_parts(
     parts = []
     for step in map(steps.__getitem__, range(2)):
         model.zero_grad()
-        refused, kept = by_class(model, step)
+        refused, kept = by_class(*answer_logits(model, step), step)
         loss = sft_loss(*refused) + sft_loss(*kept)
         loss.backward()
         parts.append(

@@ -204,6 +204,16 @@ def _padded_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return logits
 
 
+def by_class(
+    logits: torch.Tensor, step: Batch
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A step's `answer_logits` and labels of the harmful requests, and those of the harmless ones behind them."""
+    refused, kept = (step["labels"][rows] for rows in (step["refuse"], ~step["refuse"]))
+    count = int((refused != IGNORED).sum())
+    refusing, keeping = torch.split(logits, [count, len(logits) - count])
+    return (refusing, refused), (keeping, kept)
+
+
 def base_logits(
     model: PeftModel | PreTrainedModel, batch: Batch, reference: PreTrainedModel | None = None
 ) -> torch.Tensor:
@@ -389,15 +399,14 @@ def train_deltas(
                 plain = self.accelerator.unwrap_model(model)
                 base = base_logits(plain, inputs, reference) if benign_loss == "kl" else None
                 text_bases = [base_logits(plain, text, reference) for text in texts]
-            refused, kept = (inputs["labels"][rows] for rows in (inputs["refuse"], ~inputs["refuse"]))
-            lengths = (kept != IGNORED).sum(dim=1)
-            refusing, keeping = torch.split(logits, [len(logits) - int(lengths.sum()), int(lengths.sum())])
+            (refusing, refused), (keeping, kept) = by_class(logits, inputs)
             loss = sft_loss(refusing, refused, first_weight)
             if base is not None:
                 loss = loss + benign_weight * kl_loss(keeping, base, kept, first_weight)
             else:
                 loss = loss + benign_weight * sft_loss(keeping, kept, first_weight)
             if margin_weight:
+                lengths = (kept != IGNORED).sum(dim=1)
                 openings = keeping[lengths.cumsum(dim=0) - lengths]
                 loss = loss + margin_weight * margin_loss(openings, kept[:, 0], torch.unique(refused[:, 0]))
             for text, found, wanted in zip(texts, text_logits, text_bases, strict=True):
