@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "benign_weight": 1.0,
         "first_weight": 0.0,
         "margin_weight": 0.0,
+        "teacher_weight": 0.0,
         "text_weight": 0.0,
         "whiten": None,
         "learning_rate": 1e-2,
@@ -83,7 +84,10 @@ class TuneConfig(BaseModel):
     )
     benign_weight: float = Field(4.0, ge=0, description="weight of the harmless term")
     margin_weight: float = Field(1.0, ge=0, description="weight of the first harmless token's margin over a refusal's")
-    text_weight: float = Field(8.0, ge=0, description="weight of the divergence from the base on plain text")
+    teacher_weight: float = Field(
+        3.0, ge=0, description="weight of deciding on the first token as a linear probe of the base does"
+    )
+    text_weight: float = Field(16.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.36, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 

@@ -26,6 +26,7 @@ from nest_rs.numeric import ActivationStore, pooled_stats
 from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
+from nest_rs.reading import EnoughError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,10 +145,6 @@ def _is_unfinished(path: Path, work: str) -> bool:
         store.close()
 
 
-class _EnoughError(Exception):
-    """The last site has been read: the rest of the forward pass is not needed."""
-
-
 class _Reader:
     """Hooks on the sites that pool what passes; a context manager, as they must come off again."""
 
@@ -186,7 +183,7 @@ class _Reader:
             raise _not_finite(name) from error
         self.pooled[name] = torch.maximum(seen, self.opening[name]) if name in self.opening else seen
         if self.enough and len(self.pooled) == len(self.modules):
-            raise _EnoughError
+            raise EnoughError
 
     def read(self, batch: Sequence[list[int]]) -> Callable[[], dict[str, torch.Tensor]]:
         """Start on a batch; what is returned waits for its pooled rows, one a prompt and site."""
@@ -209,7 +206,7 @@ class _Reader:
         for part in budgeted(batch, batch_tokens):
             tokens, self.mask, attended = behind_prefix(part, self.prefix, self.pad, self.model.device)
             self.pooled = {}
-            with suppress(_EnoughError):
+            with suppress(EnoughError):
                 self.model(
                     input_ids=tokens,
                     attention_mask=attended,

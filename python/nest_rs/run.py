@@ -304,6 +304,7 @@ class Run:
                     accumulate=parts.parts,
                     first_weight=config.first_weight,
                     margin_weight=config.margin_weight,
+                    teacher_weight=config.teacher_weight,
                     text_weight=config.text_weight,
                     seed=config.seed,
                     bf16=model.dtype == torch.float32 and pick_dtype("auto", model.device) == torch.bfloat16,

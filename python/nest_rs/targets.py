@@ -23,6 +23,7 @@ from nest_rs.files import replacing
 from nest_rs.models import Base, cache_dir, head_makes_logits
 from nest_rs.processes import is_main, share, wait
 from nest_rs.prompts import Prompt, encode, fitting, refusals, render
+from nest_rs.teacher import harm_scores
 from nest_rs.train import Example, Steps
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def training_data(
     benign = helpful_examples(
         tokenizer, chosen, [known[item.id] for item in chosen], room=room, max_tokens=config.answer_tokens
     )
+    if config.teacher_weight:
+        harmful, benign = scored(model, harmful, benign, pad=tokenizer.pad_token_id, threads=config.threads)
     texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
     steps = Steps(
@@ -114,6 +117,17 @@ def training_data(
         pad=tokenizer.pad_token_id,
     )
     return TrainingData(harmful, benign, steps, count)
+
+
+def scored(
+    model: PreTrainedModel, harmful: Sequence[Example], benign: Sequence[Example], *, pad: int, threads: int | None
+) -> tuple[list[Example], list[Example]]:
+    """The same examples with the teacher's scores."""
+    examples = [*harmful, *benign]
+    sides = [True] * len(harmful) + [False] * len(benign)
+    scores = harm_scores(model, [example.prompt for example in examples], sides, pad=pad, threads=threads)
+    told = [replace(example, score=score) for example, score in zip(examples, scores.tolist(), strict=True)]
+    return told[: len(harmful)], told[len(harmful) :]
 
 
 def plain_texts(

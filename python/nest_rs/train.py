@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from nest_rs.packing import ATTENTION, attention, is_packed, pack, rounded_up
 from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.processes import share
+from nest_rs.teacher import teacher_loss
 from nest_rs.whiten import WhitenedAdamW
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ class Example:
         prompt: The request in its chat form.
         answer: What follows.
         states: The base's final hidden state before each answer token, [answer, d], where it is known.
+        score: How harmful the teacher finds the request, in logits, where there is one.
     """
 
     prompt: list[int]
     answer: list[int]
     states: torch.Tensor | None = None
+    score: float | None = None
 
 
 # Tensors, and under `text` a batch of its own.
@@ -140,11 +143,16 @@ class Steps(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         """What `collate` makes of the step's examples, the harmful ones first; `refuse` [n] says which those are.
 
+        `scores` [n] float32 are the teacher's, where all examples have one.
+
         `text` is another such batch, of one window of plain text, where there are any.
         """
         refuse, keep = self.steps[index]["harmful"], self.steps[index]["benign"]
         batch = collate([*refuse, *keep], self.pad, self.prefix)
         batch |= _kept(keep, len(refuse))
+        scores = [example.score for example in (*refuse, *keep) if example.score is not None]
+        if len(scores) == len(refuse) + len(keep):
+            batch["scores"] = torch.tensor(scores)
         if self.texts:
             text = [self.texts[index % len(self.texts)]]
             batch["text"] = collate(text, self.pad) | _kept(text, 0)
@@ -235,6 +243,12 @@ def base_logits(
         return answer_logits(reference, rows)[0]
     with model.disable_adapter():
         return answer_logits(model, rows)[0]
+
+
+def openings_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The logits of each answer's first token, [n, vocabulary], of those of all its tokens."""
+    lengths = (labels != IGNORED).sum(dim=1)
+    return logits[lengths.cumsum(dim=0) - lengths]
 
 
 def token_weights(labels: torch.Tensor, first: float) -> torch.Tensor:
@@ -352,6 +366,7 @@ def train_deltas(
     accumulate: int = 1,
     first_weight: float = 0.0,
     margin_weight: float = 0.0,
+    teacher_weight: float = 0.0,
     text_weight: float = 0.0,
     whitening: Mapping[str, torch.Tensor] | None = None,
     bf16: bool = False,
@@ -374,6 +389,7 @@ def train_deltas(
         accumulate: Parts (items) of a step; their gradients are averaged. The number of items is a multiple of it.
         first_weight: The first answer token's share of the loss; 0 weighs all tokens alike.
         margin_weight: Weight of `margin_loss`.
+        teacher_weight: Weight of `teacher_loss`, where the examples have scores.
         text_weight: Weight of the divergence from the base on the steps' plain text.
         whitening: By module path, the A of `nest_rs.whiten`; without it AdamW steps in raw coordinates.
         bf16: Autocast to bfloat16 (a model already in bfloat16 needs none).
@@ -405,10 +421,12 @@ def train_deltas(
                 loss = loss + benign_weight * kl_loss(keeping, base, kept, first_weight)
             else:
                 loss = loss + benign_weight * sft_loss(keeping, kept, first_weight)
+            refusals, openings = torch.unique(refused[:, 0]), openings_of(keeping, kept)
             if margin_weight:
-                lengths = (kept != IGNORED).sum(dim=1)
-                openings = keeping[lengths.cumsum(dim=0) - lengths]
-                loss = loss + margin_weight * margin_loss(openings, kept[:, 0], torch.unique(refused[:, 0]))
+                loss = loss + margin_weight * margin_loss(openings, kept[:, 0], refusals)
+            if teacher_weight and "scores" in inputs:
+                both = torch.cat([openings_of(refusing, refused), openings])
+                loss = loss + teacher_weight * teacher_loss(both, inputs["scores"], refusals)
             for text, found, wanted in zip(texts, text_logits, text_bases, strict=True):
                 loss = loss + text_weight * kl_loss(found, wanted, text["labels"])
             return loss

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
+from nest_rs.prefix import shared_prefix
+from nest_rs.reading import read_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from nest_rs.sites import Site
 
 
-@torch.no_grad()
 def whitenings(
     model: PreTrainedModel,
     sites: Sequence[Site],
@@ -45,30 +45,17 @@ def whitenings(
     Returns:
         For each site's module, A [d_in, d_in] float32 on the model's device; the sites of a layer share one tensor.
     """
-    modules = dict(model.named_modules())
+    layers = {site.module: site.layer for site in sites}
     first = {site.layer: site.module for site in reversed(sites)}  # the sites of a layer read the same input
     moments: dict[int, torch.Tensor] = {}
-    mask = torch.empty(0)
 
-    def reader(layer: int) -> Callable[..., None]:
-        def read(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            tokens = inputs[0][mask].float()
-            moment = tokens.T @ tokens
-            moments[layer] = moments[layer] + moment if layer in moments else moment
+    def add(module: str, inputs: torch.Tensor, mask: torch.Tensor, _: list[int]) -> None:
+        tokens, layer = inputs[mask].float(), layers[module]
+        moment = tokens.T @ tokens
+        moments[layer] = moments[layer] + moment if layer in moments else moment
 
-        return read
-
+    read_inputs(model, list(first.values()), ids, add, pad=pad, batch_tokens=batch_tokens)
     prefix = shared_prefix(ids)
-    cache = prefix_cache(model, torch.tensor([prefix], device=model.device))
-    handles = [modules[module].register_forward_pre_hook(reader(layer)) for layer, module in first.items()]
-    try:
-        for batch in budgeted(sorted(ids, key=len), batch_tokens):
-            tokens, mask, attended = behind_prefix(batch, prefix, pad, model.device)
-            inputs = {"input_ids": tokens, "attention_mask": attended}
-            model(**inputs, **behind(cache, len(batch)), logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
     own = sum(len(row) - len(prefix) for row in ids)
     roots = {layer: _inverse_root(moment / own, damping) for layer, moment in moments.items()}
     return {site.module: roots[site.layer] for site in sites}

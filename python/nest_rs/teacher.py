@@ -1,0 +1,87 @@
+"""A linear probe of the base as the teacher of the answer's first token.
+
+Whether an answer refuses hangs on its first token, and each request is seen about once: labels alone teach a network
+less than they teach a logistic regression on the base's own states, which then says of each request how harmful it
+looks. The deltas learn that number, a distillation, instead of the side alone; the paper has nothing like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from nest_rs.numeric import LogisticProbe
+from nest_rs.reading import read_inputs
+from nest_rs.sites import find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The teacher reads the middle of the model, where topics are told apart best; its columns are standardised.
+_DEPTH = 0.5
+_C = 0.01
+# Logits by which a typical request is to be decided, and beyond which a student may go.
+_TYPICAL = 6.0
+_LARGEST = 8.0
+
+
+def harm_scores(
+    model: PreTrainedModel, ids: Sequence[list[int]], harmful: Sequence[bool], *, pad: int, threads: int | None = None
+) -> NDArray[np.float32]:
+    """How harmful each request looks to a logistic probe of the base, fitted to these very requests.
+
+    The probe reads the mean over a request's own tokens of what enters the feed-forward block half-way up.
+
+    Args:
+        model: The base, in eval mode.
+        ids: Token ids of the requests [n] in their chat form.
+        harmful: Which of them are to be refused, [n], both kinds.
+        pad: Padding token.
+        threads: Of the fit.
+
+    Returns:
+        Signed distances from the probe's boundary, float32 [n], scaled so that their mean size is that of a clear
+        decision between two tokens (6 logits).
+    """
+    sites = find_sites(model)
+    middle = sites[0].layer + _DEPTH * (sites[-1].layer + 1 - sites[0].layer)
+    site = min(sites, key=lambda item: abs(item.layer - middle))
+    means = torch.empty(len(ids), site.d_in)
+
+    def visit(_: str, states: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> None:
+        kept = mask[..., None].float()
+        means[rows] = ((states.float() * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
+
+    read_inputs(model, [site.module], ids, visit, pad=pad)
+    spread, centre = torch.std_mean(means, dim=0, correction=0)
+    standard = ((means - centre) / spread.clamp(min=1e-6)).numpy()
+    labels = np.asarray(harmful, dtype=bool)
+    scores = LogisticProbe(C=_C, n_threads=threads).fit(standard, labels).decision_function(standard)
+    scaled: NDArray[np.float32] = (scores * (_TYPICAL / np.abs(scores).mean())).astype(np.float32)
+    return scaled
+
+
+def teacher_loss(openings: torch.Tensor, scores: torch.Tensor, refusing: torch.Tensor) -> torch.Tensor:
+    """How far a model's own decision to refuse is from what the teacher says.
+
+    A greedy answer refuses where a refusal's first token has the largest logit of all. To be surer than a score of 8 on
+    the right side costs nothing.
+
+    Args:
+        openings: Logits of the first answer tokens, [n, vocabulary].
+        scores: The teacher's, in logits, float32 [n].
+        refusing: Tokens with which refusals begin, int64 [r].
+
+    Returns:
+        Mean smooth L1 distance of logsumexp(refusing logits) - max(other logits) from the scores, float32.
+    """
+    openings = openings.float()
+    odds = openings[:, refusing].logsumexp(dim=1) - openings.index_fill(1, refusing, -torch.inf).amax(dim=1)
+    wanted = scores.clamp(-_LARGEST, _LARGEST)
+    beyond = ((wanted == _LARGEST) & (odds > wanted)) | ((wanted == -_LARGEST) & (odds < wanted))
+    return functional.smooth_l1_loss(torch.where(beyond, wanted, odds), wanted)

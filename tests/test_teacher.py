@@ -1,0 +1,152 @@
+"""A probe of the base says how harmful a request is, and the deltas learn to say it too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conftest import write_prompts
+from nest_rs.config import build_config
+from nest_rs.prefix import shared_prefix
+from nest_rs.prompts import encode, load_prompts, render
+from nest_rs.reading import read_inputs
+from nest_rs.run import Run
+from nest_rs.sites import find_sites
+from nest_rs.targets import scored
+from nest_rs.teacher import harm_scores, teacher_loss
+from nest_rs.train import Example, Steps, train_deltas
+
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def requests(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> tuple[list, list]:
+    """Token ids of requests of uneven lengths, and which are harmful."""
+    prompts = load_prompts(write_prompts(tmp_path_factory.mktemp("requests") / "prompts.jsonl", 30, 40))
+    texts = [item.prompt + " and then rest" * (number % 4) for number, item in enumerate(prompts)]
+    return encode(tokenizer, [render(tokenizer, text) for text in texts]), [item.kind == "harmful" for item in prompts]
+
+
+def test_scores_are_those_of_a_probe_on_the_mean_of_what_the_middle_reads(
+    tiny_model: PreTrainedModel, requests: tuple[list, list]
+) -> None:
+    ids, harmful = requests
+    skip = len(shared_prefix(ids))
+    assert skip > 0
+    means = []
+    for row in ids:  # one by one: no padding, no shared opening
+        seen: list[torch.Tensor] = []
+        handle = tiny_model.model.layers[1].mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
+        with torch.no_grad():
+            tiny_model(input_ids=torch.tensor([row]))
+        handle.remove()
+        means.append(seen[0][0, skip:].mean(dim=0).numpy())
+    x = np.stack(means).astype(np.float64)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    theirs = LogisticRegression(C=0.01, tol=1e-10, max_iter=10_000).fit(x, harmful).decision_function(x)
+    found = harm_scores(tiny_model, ids, harmful, pad=PAD)
+    assert found.dtype == np.float32
+    assert np.abs(found).mean() == pytest.approx(6)
+    assert found == pytest.approx(6 * theirs / np.abs(theirs).mean(), abs=2e-3)
+    assert (found > 0).tolist() == harmful
+
+
+def test_reading_stops_behind_the_last_module_and_shows_every_prompt_once(
+    tiny_model: PreTrainedModel, requests: tuple[list, list]
+) -> None:
+    ids, _ = requests
+    read: list[tuple[str, list[int], list[int]]] = []
+    beyond: list[object] = []
+    handle = tiny_model.lm_head.register_forward_hook(lambda *_: beyond.append(1))
+    modules = [site.module for site in find_sites(tiny_model)][:2]
+    read_inputs(
+        tiny_model,
+        modules,
+        ids,
+        lambda module, x, mask, rows: read.append((module, rows, mask.sum(1).tolist())),
+        pad=PAD,
+        batch_tokens=128,
+    )
+    handle.remove()
+    assert len(beyond) == 1  # the shared opening's own pass
+    skip = len(shared_prefix(ids))
+    for module in modules:
+        numbers = [number for name, rows, _ in read if name == module for number in rows]
+        assert sorted(numbers) == list(range(len(ids)))
+        lengths = [length for name, _, counts in read if name == module for length in counts]
+        assert lengths == sorted(len(ids[number]) - skip for number in numbers)
+    assert len(read) > 2 * len(modules)
+    assert not any(module._forward_pre_hooks for module in (tiny_model.get_submodule(name) for name in modules))
+
+
+def test_the_loss_is_the_distance_of_greedy_odds_from_the_scores() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5, 3.0], [0.0, 5.0, 1.0, 1.0]])
+    odds = [float(torch.tensor([1.0, 3.0]).logsumexp(0)) - 2, float(torch.tensor([0.0, 1.0]).logsumexp(0)) - 5]
+    refusing = torch.tensor([0, 3])
+    found = teacher_loss(logits, torch.tensor([odds[0] + 3, odds[1] - 0.5]), refusing)
+    assert float(found) == pytest.approx(((3 - 0.5) + 0.5 * 0.5**2) / 2, rel=1e-5)  # far off linear, near by quadratic
+
+
+@pytest.mark.parametrize(("gap", "score", "costs"), [(20, 9, False), (20, 7, True), (-20, -9, False), (-20, -7, True)])
+def test_to_be_surer_than_the_largest_score_costs_nothing(gap: float, score: float, costs: bool) -> None:
+    logits = torch.tensor([[0.0, gap, 0.0]], requires_grad=True)
+    loss = teacher_loss(logits, torch.tensor([float(score)]), torch.tensor([1]))
+    loss.backward()
+    assert (loss.item() > 0) == costs
+    assert logits.grad is not None
+    assert bool(logits.grad.any()) == costs
+
+
+def test_a_step_has_scores_where_all_its_examples_have(tiny_model: PreTrainedModel) -> None:
+    harmful = [Example([1, 40 + i, 41], [50, 51]) for i in range(6)]
+    benign = [Example([1, 70 + i], [60, 61, 62]) for i in range(6)]
+    told = scored(tiny_model, harmful, benign, pad=PAD, threads=1)
+    steps = Steps(*told, batch_size=4, steps=3, seed=0, pad=PAD)
+    scores = {tuple(item.prompt): item.score for items in told for item in items}
+    for index, step in enumerate(steps.steps):
+        wanted = [scores[tuple(item.prompt)] for kind in ("harmful", "benign") for item in step[kind]]
+        assert steps[index]["scores"].tolist() == pytest.approx(wanted)
+    mixed = Steps([replace(item, score=None) for item in told[0]], told[1], batch_size=4, steps=3, seed=0, pad=PAD)
+    assert "scores" not in mixed[0]
+
+
+def test_training_comes_closer_to_the_teacher(tiny: Path, prompt_file: Path, tmp_path: Path) -> None:
+    """By its weight alone: the odds of the trained model's openings order requests as the scores do."""
+    prompts = write_prompts(tmp_path / "more.jsonl", harmful=96, benign=96)
+    config = build_config(
+        {"model": str(tiny), "prompts": str(prompts), "dtype": "float32", "out": str(tmp_path / "run"), "epochs": 8}
+    )
+    gaps = {}
+    for weight in (0.0, 3.0):
+        run = Run(tmp_path / "run", config)
+        data = run.training_data
+        assert all(item.score is not None for item in (*data.harmful, *data.benign))
+        model = run.model.requires_grad_(True)
+        train_deltas(
+            model,
+            run.tokenizer,
+            data.steps,
+            output_dir=str(tmp_path / "trainer"),
+            learning_rate=1e-3,
+            benign_loss="sft",
+            benign_weight=1.0,
+            teacher_weight=weight,
+            seed=0,
+            save=False,
+        )
+        refusing = torch.unique(torch.tensor([item.answer[0] for item in data.harmful]))
+        found = []
+        with torch.no_grad():
+            for item in (*data.harmful, *data.benign):
+                logits = model(input_ids=torch.tensor([item.prompt])).logits[:, -1]
+                found.append(float(teacher_loss(logits, torch.tensor([item.score]), refusing)))
+        gaps[weight] = float(np.mean(found))
+    assert gaps[3.0] < 0.5 * gaps[0.0]
