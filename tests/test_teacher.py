@@ -67,6 +67,7 @@ def test_reading_stops_behind_the_last_module_and_shows_every_prompt_once(
     beyond: list[object] = []
     handle = tiny_model.lm_head.register_forward_hook(lambda *_: beyond.append(1))
     modules = [site.module for site in find_sites(tiny_model)][:2]
+    hooks = [len(tiny_model.get_submodule(module)._forward_pre_hooks) for module in modules]
     read_inputs(
         tiny_model,
         modules,
@@ -84,7 +85,7 @@ def test_reading_stops_behind_the_last_module_and_shows_every_prompt_once(
         lengths = [length for name, _, counts in read if name == module for length in counts]
         assert lengths == sorted(len(ids[number]) - skip for number in numbers)
     assert len(read) > 2 * len(modules)
-    assert not any(module._forward_pre_hooks for module in (tiny_model.get_submodule(name) for name in modules))
+    assert [len(tiny_model.get_submodule(module)._forward_pre_hooks) for module in modules] == hooks
 
 
 def test_the_loss_is_the_distance_of_greedy_odds_from_the_scores() -> None:

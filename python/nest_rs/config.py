@@ -87,6 +87,9 @@ class TuneConfig(BaseModel):
     teacher_weight: float = Field(
         3.0, ge=0, description="weight of deciding on the first token as a linear probe of the base does"
     )
+    refusal_bias: float = Field(
+        1.0, description="logits added to what that probe says: more of them refuse more, right and wrong"
+    )
     text_weight: float = Field(16.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.36, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")

@@ -32,7 +32,8 @@ SPACE: dict[str, tuple[float, float, bool]] = {
     "z": (1.5, 3.0, False),
     "first_weight": (0.2, 0.8, False),
     "benign_weight": (1.0, 16.0, True),
-    "margin_weight": (0.25, 4.0, True),
+    "teacher_weight": (0.5, 8.0, True),
+    "refusal_bias": (-2.0, 4.0, False),
 }
 
 

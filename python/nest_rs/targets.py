@@ -104,7 +104,14 @@ def training_data(
         tokenizer, chosen, [known[item.id] for item in chosen], room=room, max_tokens=config.answer_tokens
     )
     if config.teacher_weight:
-        harmful, benign = scored(model, harmful, benign, pad=tokenizer.pad_token_id, threads=config.threads)
+        harmful, benign = scored(
+            model,
+            harmful,
+            benign,
+            bias=config.refusal_bias,
+            pad=tokenizer.pad_token_id,
+            threads=config.threads,
+        )
     texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
     steps = Steps(
@@ -120,13 +127,19 @@ def training_data(
 
 
 def scored(
-    model: PreTrainedModel, harmful: Sequence[Example], benign: Sequence[Example], *, pad: int, threads: int | None
+    model: PreTrainedModel,
+    harmful: Sequence[Example],
+    benign: Sequence[Example],
+    *,
+    bias: float = 0.0,
+    pad: int,
+    threads: int | None = None,
 ) -> tuple[list[Example], list[Example]]:
-    """The same examples with the teacher's scores."""
+    """The same examples with the teacher's scores, and `bias` logits on top of them."""
     examples = [*harmful, *benign]
     sides = [True] * len(harmful) + [False] * len(benign)
     scores = harm_scores(model, [example.prompt for example in examples], sides, pad=pad, threads=threads)
-    told = [replace(example, score=score) for example, score in zip(examples, scores.tolist(), strict=True)]
+    told = [replace(example, score=score + bias) for example, score in zip(examples, scores.tolist(), strict=True)]
     return told[: len(harmful)], told[len(harmful) :]
 
 
