@@ -74,7 +74,7 @@ class TuneConfig(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
     whiten: float | None = Field(
-        0.3, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
+        3.0, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
     )
     first_weight: float = Field(
         0.5, ge=0, lt=1, description="share of the first answer token in the loss; 0: all alike"
@@ -88,7 +88,7 @@ class TuneConfig(BaseModel):
         3.0, ge=0, description="weight of deciding on the first token as a linear probe of the base does"
     )
     refusal_bias: float = Field(
-        1.0, description="logits added to what that probe says: more of them refuse more, right and wrong"
+        1.5, description="logits added to what that probe says: more of them refuse more, right and wrong"
     )
     text_weight: float = Field(16.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.36, ge=0, lt=1, description="share of twins among the harmless requests")
