@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conftest import write_prompts
 from nest_rs.config import build_config
+from nest_rs.errors import NestError
+from nest_rs.models import load_model
 from nest_rs.prefix import shared_prefix
 from nest_rs.prompts import encode, load_prompts, render
 from nest_rs.reading import read_inputs
@@ -57,6 +59,14 @@ def test_scores_are_those_of_a_probe_on_the_mean_of_what_the_middle_reads(
     assert np.abs(found).mean() == pytest.approx(6)
     assert found == pytest.approx(6 * theirs / np.abs(theirs).mean(), abs=2e-3)
     assert (found > 0).tolist() == harmful
+
+
+def test_states_that_are_not_finite_say_so(tiny: Path, requests: tuple[list, list]) -> None:
+    model = load_model(tiny, device=torch.device("cpu"), dtype=torch.float32)
+    model.model.layers[0].mlp.down_proj.weight.data[0] = float("nan")
+    site = "model.layers.1.mlp.gate_proj"
+    with pytest.raises(NestError, match=f"the inputs of `{site}` teach nothing .*finite"):
+        harm_scores(model, *requests, pad=PAD)
 
 
 def test_reading_stops_behind_the_last_module_and_shows_every_prompt_once(

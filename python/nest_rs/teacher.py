@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from nest_rs.errors import NestError
 from nest_rs.numeric import LogisticProbe
 from nest_rs.reading import read_inputs
 from nest_rs.sites import find_sites
@@ -47,6 +48,9 @@ def harm_scores(
     Returns:
         Signed distances from the probe's boundary, float32 [n], scaled so that their mean size is that of a clear
         decision between two tokens (6 logits).
+
+    Raises:
+        NestError: what the probe reads is not finite, or there is one kind of request only.
     """
     sites = find_sites(model)
     middle = sites[0].layer + _DEPTH * (sites[-1].layer + 1 - sites[0].layer)
@@ -61,7 +65,11 @@ def harm_scores(
     spread, centre = torch.std_mean(means, dim=0, correction=0)
     standard = ((means - centre) / spread.clamp(min=1e-6)).numpy()
     labels = np.asarray(harmful, dtype=bool)
-    scores = LogisticProbe(C=_C, n_threads=threads).fit(standard, labels).decision_function(standard)
+    try:
+        scores = LogisticProbe(C=_C, n_threads=threads).fit(standard, labels).decision_function(standard)
+    except ValueError as error:
+        mend = "check the weights, or use --dtype float32"
+        raise NestError(f"the inputs of `{site.module}` teach nothing ({error})", mend=mend) from error
     scaled: NDArray[np.float32] = (scores * (_TYPICAL / np.abs(scores).mean())).astype(np.float32)
     return scaled
 
