@@ -129,8 +129,7 @@ def test_a_step_has_scores_where_all_its_examples_have(tiny_model: PreTrainedMod
     assert "scores" not in mixed[0]
 
 
-def test_training_comes_closer_to_the_teacher(tiny: Path, prompt_file: Path, tmp_path: Path) -> None:
-    """By its weight alone: the odds of the trained model's openings order requests as the scores do."""
+def test_training_comes_closer_to_the_teacher(tiny: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "more.jsonl", harmful=96, benign=96)
     config = build_config(
         {"model": str(tiny), "prompts": str(prompts), "dtype": "float32", "out": str(tmp_path / "run"), "epochs": 8}
