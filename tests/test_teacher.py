@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conftest import write_prompts
+from conftest import write_prompts, write_tiny_model
 from nest_rs.config import build_config
 from nest_rs.errors import NestError
 from nest_rs.models import load_model
@@ -35,26 +35,30 @@ def requests(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPa
     return encode(tokenizer, [render(tokenizer, text) for text in texts]), [item.kind == "harmful" for item in prompts]
 
 
-def test_scores_are_those_of_a_probe_on_the_mean_of_what_the_middle_reads(
-    tiny_model: PreTrainedModel, requests: tuple[list, list]
+@pytest.mark.parametrize(("layers", "read"), [(2, [1]), (6, [2, 3, 4, 5]), (12, [4, 6, 8, 10])])
+def test_scores_are_those_of_a_probe_on_the_means_of_what_four_depths_read(
+    layers: int, read: list[int], requests: tuple[list, list], tmp_path: Path
 ) -> None:
+    folder = write_tiny_model(tmp_path / "deep", num_hidden_layers=layers)
+    model = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
     ids, harmful = requests
     skip = len(shared_prefix(ids))
     assert skip > 0
+    seen: list[np.ndarray] = []
+    for layer in read:
+        model.model.layers[layer].mlp.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0][0, skip:].mean(dim=0).numpy())
+        )
     means = []
     for row in ids:  # one by one: no padding, no shared opening
-        seen: list[torch.Tensor] = []
-        handle = tiny_model.model.layers[1].mlp.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0])
-        )
+        seen.clear()
         with torch.no_grad():
-            tiny_model(input_ids=torch.tensor([row]))
-        handle.remove()
-        means.append(seen[0][0, skip:].mean(dim=0).numpy())
+            model(input_ids=torch.tensor([row]))
+        means.append(np.concatenate(seen))
     x = np.stack(means).astype(np.float64)
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     theirs = LogisticRegression(C=0.01, tol=1e-10, max_iter=10_000).fit(x, harmful).decision_function(x)
-    found = harm_scores(tiny_model, ids, harmful, pad=PAD)
+    found = harm_scores(load_model(folder, device=torch.device("cpu"), dtype=torch.float32), ids, harmful, pad=PAD)
     assert found.dtype == np.float32
     assert np.abs(found).mean() == pytest.approx(6)
     assert found == pytest.approx(6 * theirs / np.abs(theirs).mean(), abs=2e-3)

@@ -185,7 +185,7 @@ class Run:
         harmless = self._training_prompts(("benign", "twin"))
         # Equal numbers, so that the probe's threshold is not the base rate.
         rng = random.Random(self.config.seed)
-        size = min(len(harmful), len(harmless))
+        size = min(len(harmful), len(harmless), self.config.probe_prompts)
         chosen = rng.sample(harmful, size) + rng.sample(harmless, size)
         ids = encode(self.tokenizer, [render(self.tokenizer, item.prompt) for item in chosen])
         kept = fitting(ids, [item.id for item in chosen], self._context())

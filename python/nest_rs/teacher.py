@@ -23,8 +23,9 @@ from nest_rs.sites import find_sites
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The teacher reads the middle of the model, where topics are told apart best; its columns are standardised.
-_DEPTH = 0.5
+# The shares of the model's layers at which the teacher reads, where topics are told apart best; its columns are
+# standardised.
+_DEPTHS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)
 _C = 0.01
 # Logits by which a typical request is to be decided, and beyond which a student may go.
 _TYPICAL = 6.0
@@ -36,7 +37,8 @@ def harm_scores(
 ) -> NDArray[np.float32]:
     """How harmful each request looks to a logistic probe of the base, fitted to these very requests.
 
-    The probe reads the mean over a request's own tokens of what enters the feed-forward block half-way up.
+    The probe reads the mean over a request's own tokens of what enters the feed-forward blocks at four depths, from a
+    third to five sixths of the way up.
 
     Args:
         model: The base, in eval mode.
@@ -52,26 +54,36 @@ def harm_scores(
     Raises:
         NestError: what the probe reads is not finite, or there is one kind of request only.
     """
-    sites = find_sites(model)
-    middle = sites[0].layer + _DEPTH * (sites[-1].layer + 1 - sites[0].layer)
-    site = min(sites, key=lambda item: abs(item.layer - middle))
-    means = torch.empty(len(ids), site.d_in)
+    modules = _reading_points(model)
+    means = {module: torch.empty(0) for module in modules}
 
-    def visit(_: str, states: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> None:
+    def visit(module: str, states: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> None:
         kept = mask[..., None].float()
-        means[rows] = ((states.float() * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
+        found = ((states.float() * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
+        if not len(means[module]):
+            means[module] = torch.empty(len(ids), found.shape[1])
+        means[module][rows] = found
 
-    read_inputs(model, [site.module], ids, visit, pad=pad)
-    spread, centre = torch.std_mean(means, dim=0, correction=0)
-    standard = ((means - centre) / spread.clamp(min=1e-6)).numpy()
+    read_inputs(model, modules, ids, visit, pad=pad)
+    features = torch.cat([means[module] for module in modules], dim=1)
+    spread, centre = torch.std_mean(features, dim=0, correction=0)
+    standard = ((features - centre) / spread.clamp(min=1e-6)).numpy()
     labels = np.asarray(harmful, dtype=bool)
     try:
         scores = LogisticProbe(C=_C, n_threads=threads).fit(standard, labels).decision_function(standard)
     except ValueError as error:
         mend = "check the weights, or use --dtype float32"
-        raise NestError(f"the inputs of `{site.module}` teach nothing ({error})", mend=mend) from error
+        raise NestError(f"the inputs of `{modules[-1]}` teach nothing ({error})", mend=mend) from error
     scaled: NDArray[np.float32] = (scores * (_TYPICAL / np.abs(scores).mean())).astype(np.float32)
     return scaled
+
+
+def _reading_points(model: PreTrainedModel) -> list[str]:
+    """A module at each depth that reads what enters its layer's feed-forward block."""
+    sites = find_sites(model)
+    bottom, top = sites[0].layer, sites[-1].layer + 1
+    nearest = (min(sites, key=lambda site: abs(site.layer - bottom - depth * (top - bottom))) for depth in _DEPTHS)
+    return list(dict.fromkeys(site.module for site in nearest))
 
 
 def teacher_loss(openings: torch.Tensor, scores: torch.Tensor, refusing: torch.Tensor) -> torch.Tensor:
