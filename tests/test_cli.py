@@ -401,6 +401,14 @@ def test_flags_may_be_written_with_underscores(world: World, tmp_path: Path) -> 
     assert (found["batch_size"], found["min_silhouette"], found["positive"], found["export"]) == (4, 0.2, False, False)
 
 
+def test_the_probes_learn_from_so_many_prompts_of_each_class(world: World, tmp_path: Path) -> None:
+    settings(world, tmp_path, "--probe-prompts", 7)
+    read = json.loads((tmp_path / "run" / "probe" / "prompts.json").read_text())
+    kinds = [kind == "harmful" for _, kind in read]
+    assert (kinds.count(True), kinds.count(False)) == (7, 7)
+    assert len({name for name, _ in read}) == 14
+
+
 def test_lists_take_several_values_or_several_flags(world: World, tmp_path: Path) -> None:
     flags = ["--suite", "nest-twin", world.suite, "--suite", "nest-benign", "--projections", "up"]
     found = settings(world, tmp_path, *flags)
