@@ -123,7 +123,7 @@ class Moved:
         generator = torch.Generator().manual_seed(0)
         for name, parameter in self.attached.named_parameters():
             if "nest_delta" in name:
-                parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
         self.merged = folder / "merged"
         merge_folder(base, NestPatch.from_model(self.attached), self.merged, card="")
         self.onnx = export_onnx(self.merged, folder / "onnx")

@@ -41,8 +41,8 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEST_RS_CACHE", str(tmp_path / "cache"))
-        # Little damping and no text term: a random model tells no chat from plain text, and is to be moved far.
-        settings = [*FAST, "--epochs", 6, "--accumulate", 2, "--text-weight", 0, "--whiten", 0.1]
+        # Little damping, no text term and a bias: a random model tells no chat from plain text, and is to be moved far.
+        settings = [*FAST, "--epochs", 6, "--accumulate", 2, "--text-weight", 0, "--whiten", 0.1, "--refusal-bias", 1.5]
         succeed("probe", tiny, "--prompts", prompts, *settings, "--out", folder)
         for stage in ("cluster", "train", "merge"):
             succeed(stage, folder)
