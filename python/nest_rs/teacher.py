@@ -18,7 +18,7 @@ from torch.nn import functional
 from nest_rs.errors import NestError
 from nest_rs.numeric import LogisticProbe
 from nest_rs.reading import read_inputs
-from nest_rs.sites import find_sites
+from nest_rs.sites import Site, find_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,18 +54,15 @@ def harm_scores(
     Raises:
         NestError: what the probe reads is not finite, or there is one kind of request only.
     """
-    modules = _reading_points(model)
-    means = {module: torch.empty(0) for module in modules}
+    sites = _reading_points(model)
+    means = {site.module: torch.empty(len(ids), site.d_in) for site in sites}
 
     def visit(module: str, states: torch.Tensor, mask: torch.Tensor, rows: list[int]) -> None:
         kept = mask[..., None].float()
-        found = ((states.float() * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
-        if not len(means[module]):
-            means[module] = torch.empty(len(ids), found.shape[1])
-        means[module][rows] = found
+        means[module][rows] = ((states.float() * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
 
-    read_inputs(model, modules, ids, visit, pad=pad)
-    features = torch.cat([means[module] for module in modules], dim=1)
+    read_inputs(model, list(means), ids, visit, pad=pad)
+    features = torch.cat(list(means.values()), dim=1)
     spread, centre = torch.std_mean(features, dim=0, correction=0)
     standard = ((features - centre) / spread.clamp(min=1e-6)).numpy()
     labels = np.asarray(harmful, dtype=bool)
@@ -73,17 +70,17 @@ def harm_scores(
         scores = LogisticProbe(C=_C, n_threads=threads).fit(standard, labels).decision_function(standard)
     except ValueError as error:
         mend = "check the weights, or use --dtype float32"
-        raise NestError(f"the inputs of `{modules[-1]}` teach nothing ({error})", mend=mend) from error
+        raise NestError(f"the inputs of `{sites[-1].module}` teach nothing ({error})", mend=mend) from error
     scaled: NDArray[np.float32] = (scores * (_TYPICAL / np.abs(scores).mean())).astype(np.float32)
     return scaled
 
 
-def _reading_points(model: PreTrainedModel) -> list[str]:
-    """A module at each depth that reads what enters its layer's feed-forward block."""
+def _reading_points(model: PreTrainedModel) -> list[Site]:
+    """A site at each depth; all sites of a layer read what enters its feed-forward block."""
     sites = find_sites(model)
     bottom, top = sites[0].layer, sites[-1].layer + 1
     nearest = (min(sites, key=lambda site: abs(site.layer - bottom - depth * (top - bottom))) for depth in _DEPTHS)
-    return list(dict.fromkeys(site.module for site in nearest))
+    return list({site.module: site for site in nearest}.values())
 
 
 def teacher_loss(openings: torch.Tensor, scores: torch.Tensor, refusing: torch.Tensor) -> torch.Tensor:
