@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "first_weight": 0.0,
         "margin_weight": 0.0,
         "teacher_weight": 0.0,
+        "newton_requests": 0,
         "text_weight": 0.0,
         "whiten": None,
         "learning_rate": 1e-2,
@@ -86,11 +87,15 @@ class TuneConfig(BaseModel):
     benign_weight: float = Field(4.0, ge=0, description="weight of the harmless term")
     margin_weight: float = Field(1.0, ge=0, description="weight of the first harmless token's margin over a refusal's")
     teacher_weight: float = Field(
-        3.0, ge=0, description="weight of deciding on the first token as a linear probe of the base does"
+        3.0, ge=0, description="weight of deciding on the first token as a classifier on the base's states does"
     )
     refusal_bias: float = Field(
-        0.5, description="logits added to what that probe says: more of them refuse more, right and wrong"
+        0.5, description="logits added to what that classifier says: more of them refuse more, right and wrong"
     )
+    newton_requests: int = Field(
+        2400, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
+    )
+    newton_damping: float = Field(0.3, gt=0, description="how little that step may move the deltas")
     text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")

@@ -242,6 +242,7 @@ class Run:
         import torch
         from peft import get_peft_model
 
+        from nest_rs.newton import newton_step
         from nest_rs.tuner import NestConfig
 
         config = self.config
@@ -252,6 +253,16 @@ class Run:
         model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
         checkpoints = self.folder / "train"
         losses = self.fit(model, data, checkpoints, learning_rate=config.learning_rate, whitening=whitening)
+        if data.decisions:
+            with track("newton", total=len(data.decisions), unit="requests") as advance:
+                newton_step(
+                    model,
+                    data.steps,
+                    data.decisions,
+                    damping=config.newton_damping,
+                    whitening=whitening,
+                    progress=advance,
+                )
         patch = NestPatch.from_model(model)
         patch.manifest = self._manifest()
         patch = patch.seal(self.base.folder)

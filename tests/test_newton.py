@@ -1,0 +1,174 @@
+"""The Gauss-Newton step against gradients taken one request at a time, and against scikit-learn's ridge."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from sklearn.linear_model import Ridge
+
+from conftest import write_prompts, write_tiny_model
+from nest_rs import newton
+from nest_rs.config import build_config
+from nest_rs.models import load_model
+from nest_rs.newton import newton_step
+from nest_rs.patch import NestPatch
+from nest_rs.prefix import behind, prefix_cache
+from nest_rs.run import Run
+from nest_rs.teacher import refusal_odds, shortfall
+from nest_rs.train import Example, Steps, collate, training_attention
+from nest_rs.tuner import NestConfig
+
+PAD = 0
+REFUSING = torch.tensor([50, 52])
+CHOSEN = {"rows": [1, 4, 6, 9, 11], "cluster": [0, 1, 0, 1, 1]}
+
+
+def requests(count: int, prefix: list[int]) -> list[Example]:
+    """Requests of uneven lengths behind a prefix, with scores."""
+    rng = np.random.default_rng(0)
+    return [
+        Example([*prefix, *rng.integers(10, 90, 1 + n % 7).tolist()], [50, 51], score=float(rng.normal() * 4))
+        for n in range(count)
+    ]
+
+
+def steps_of(asked: list[Example], texts: list[Example]) -> Steps:
+    refused = [Example(item.prompt, [50 + 2 * (n % 2), 51], score=item.score) for n, item in enumerate(asked)]
+    kept = [Example([*item.prompt, 77], [60, 61], score=-5.0) for item in asked]
+    return Steps(refused, kept, texts, batch_size=4, steps=3, seed=0, pad=PAD)
+
+
+def adapted(folder: Path) -> PeftModel:
+    """A tiny model with deltas that are not zero."""
+    model = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
+    sites = [f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("gate", "up")]
+    model = get_peft_model(model, NestConfig(neurons=dict.fromkeys(sites, CHOSEN), task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    for layer in newton._layers(model, None):
+        torch.nn.init.normal_(layer.delta, std=0.05)
+    return model
+
+
+@pytest.fixture(params=["packed", "padded"])
+def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeftModel:
+    if request.param == "padded":
+        monkeypatch.setattr("nest_rs.train._packs", lambda *_: False)
+    return adapted(write_tiny_model(tmp_path / "tiny"))
+
+
+def whitenings(model: PeftModel) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "nest_delta"):
+            width = module.nest_delta["default"].shape[1]
+            square = torch.randn(width, width, generator=generator) / width
+            found[name.removeprefix("base_model.model.")] = square @ square.T + torch.eye(len(square))
+    return found
+
+
+def one_by_one(
+    model: PeftModel, asked: list[Example], a: dict[str, torch.Tensor], prefix: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the odds in V by autograd, nothing flowing through the prefix; and the odds."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows, values = [], []
+    for item in asked:
+        with torch.no_grad():
+            cache = prefix_cache(model, torch.tensor([prefix], dtype=torch.long))
+        own = torch.tensor([item.prompt[len(prefix) :]])
+        odds = refusal_odds(model(input_ids=own, **behind(cache, 1)).logits[:, -1], REFUSING)
+        found = torch.autograd.grad(odds.sum(), list(named.values()))
+        whitened = [g @ next(w for path, w in a.items() if path in name) for name, g in zip(named, found, strict=True)]
+        rows.append(torch.cat([gradient.flatten() for gradient in whitened]))
+        values.append(odds.detach())
+    return torch.stack(rows), torch.cat(values)
+
+
+@pytest.mark.parametrize("prefix", [[], [5, 6, 7, 8]])
+def test_each_request_has_its_own_gradient(model: PeftModel, prefix: list[int]) -> None:
+    asked, a = requests(9, prefix), whitenings(model)
+    wanted, odds = one_by_one(model, asked, a, prefix)
+    layers = list(newton._layers(model, a))
+    assert len(layers) == 4
+    with training_attention(model, steps_of(asked, [])):
+        batch = collate([Example(item.prompt, item.answer[:1]) for item in asked], PAD, prefix)
+        found, values = newton._gradients(model, layers, batch, partial(refusal_odds, refusing=REFUSING))
+    assert values.numpy() == pytest.approx(odds.numpy(), abs=1e-4)
+    assert found.numpy() == pytest.approx(wanted.numpy(), rel=1e-3, abs=1e-4 * float(wanted.abs().max()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(20, 70), (70, 20)])
+def test_the_ridge_is_scikit_learns(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    rows, wanted = torch.randn(shape), torch.randn(shape[0])
+    alpha = 0.3 * float((rows**2).sum(dim=1).mean())
+    theirs = Ridge(alpha=alpha, fit_intercept=False).fit(rows.numpy(), wanted.numpy()).coef_
+    assert newton._ridge(rows, wanted, 0.3).numpy() == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_step_comes_closer_to_the_scores_and_with_more_damping_moves_less(tmp_path: Path) -> None:
+    folder, asked = write_tiny_model(tmp_path / "tiny"), requests(40, prefix=[5, 6])
+    texts = [Example([30 + n], [40 + n, 41, 42, 43]) for n in range(4)]
+    left, moved = {}, {}
+    for damping in (0.0, 0.1, 10.0):
+        model = adapted(folder)
+        start = [layer.delta.detach().clone() for layer in newton._layers(model, None)]
+        if damping:
+            read: list[int] = []
+            newton_step(
+                model, steps_of(asked, texts), asked, damping=damping, whitening=whitenings(model), progress=read.append
+            )
+            assert sum(read) == len(asked)
+        with torch.no_grad():
+            odds = [refusal_odds(model(input_ids=torch.tensor([e.prompt])).logits[:, -1], REFUSING) for e in asked]
+        missing = shortfall(torch.cat(odds), torch.tensor([item.score for item in asked]))
+        left[damping] = float(missing.square().mean())
+        changes = [layer.delta - old for layer, old in zip(newton._layers(model, None), start, strict=True)]
+        moved[damping] = float(torch.cat([change.flatten() for change in changes]).norm())
+    assert moved[0.0] == 0
+    assert 0 < moved[10.0] < 0.2 * moved[0.1]
+    assert left[0.1] < left[10.0] < left[0.0]
+    assert left[0.1] < 0.5 * left[0.0]
+
+
+def test_clusters_on_which_plain_text_does_not_hang_move_most(tmp_path: Path) -> None:
+    model = adapted(write_tiny_model(tmp_path / "tiny"))
+    mlp = model.base_model.model.model.layers[1].mlp
+    mlp.down_proj.weight.data[:, [1, 6]] = 0  # the first cluster's neurons of the upper layer write nothing
+    texts = [Example([30 + n], [40 + n, 41, 42, 43]) for n in range(4)]
+    layers = list(newton._layers(model, None))
+    steps = steps_of(requests(8, [5]), texts)
+    scale = newton._scale(model, layers, steps)
+    by_cluster = torch.cat([part.view(layer.delta.shape)[:, 0] for layer, part in _parts(layers, scale)])
+    silent = [n for n, value in enumerate(by_cluster) if value == pytest.approx(newton._LEAST**-0.5)]
+    assert silent == [4, 6]  # of gate and up in layer 1
+    assert torch.equal(scale, newton._scale(model, layers, steps))
+
+
+def _parts(layers: list[newton._Layer], flat: torch.Tensor) -> list[tuple[newton._Layer, torch.Tensor]]:
+    return list(zip(layers, torch.split(flat, [layer.delta.numel() for layer in layers]), strict=True))
+
+
+def test_a_run_ends_with_the_step_or_without(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "more.jsonl", harmful=48, benign=48)
+    patches = {}
+    for name, count in (("none", 0), ("some", 30), ("again", 30), ("all", 10_000)):
+        given = {"model": str(tiny), "prompts": str(prompts), "dtype": "float32", "newton_requests": count, "epochs": 2}
+        run = Run.start(build_config({**given, "twin_share": 0.25, "out": str(tmp_path / name)}))
+        for stage in ("probe", "cluster", "train"):
+            run.stage(stage)
+        data = run.training_data
+        harmful = [item.prompt in [other.prompt for other in data.harmful] for item in data.decisions]
+        assert sum(harmful) * 2 == len(harmful) == min(count, 80)
+        assert all(item.score is not None for item in data.decisions)
+        patches[name] = NestPatch.load(run.folder / "patch").tensors
+    for name, change in patches["some"].items():
+        assert np.array_equal(change.delta, patches["again"][name].delta)
+        assert not np.array_equal(change.delta, patches["none"][name].delta)
