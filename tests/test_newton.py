@@ -19,7 +19,7 @@ from nest_rs.newton import newton_step
 from nest_rs.patch import NestPatch
 from nest_rs.prefix import behind, prefix_cache
 from nest_rs.run import Run
-from nest_rs.teacher import refusal_odds, shortfall
+from nest_rs.teacher import refusal_odds
 from nest_rs.train import Example, Steps, collate, training_attention
 from nest_rs.tuner import NestConfig
 
@@ -29,17 +29,14 @@ CHOSEN = {"rows": [1, 4, 6, 9, 11], "cluster": [0, 1, 0, 1, 1]}
 
 
 def requests(count: int, prefix: list[int]) -> list[Example]:
-    """Requests of uneven lengths behind a prefix, with scores."""
+    """Requests of uneven lengths behind a prefix."""
     rng = np.random.default_rng(0)
-    return [
-        Example([*prefix, *rng.integers(10, 90, 1 + n % 7).tolist()], [50, 51], score=float(rng.normal() * 4))
-        for n in range(count)
-    ]
+    return [Example([*prefix, *rng.integers(10, 90, 1 + n % 7).tolist()], [50, 51]) for n in range(count)]
 
 
 def steps_of(asked: list[Example], texts: list[Example]) -> Steps:
-    refused = [Example(item.prompt, [50 + 2 * (n % 2), 51], score=item.score) for n, item in enumerate(asked)]
-    kept = [Example([*item.prompt, 77], [60, 61], score=-5.0) for item in asked]
+    refused = [Example(item.prompt, [50 + 2 * (n % 2), 51]) for n, item in enumerate(asked)]
+    kept = [Example([*item.prompt, 77], [60, 61]) for item in asked]
     return Steps(refused, kept, texts, batch_size=4, steps=3, seed=0, pad=PAD)
 
 
@@ -116,26 +113,34 @@ def test_the_ridge_is_scikit_learns(shape: tuple[int, int]) -> None:
 def test_a_step_comes_closer_to_the_scores_and_with_more_damping_moves_less(tmp_path: Path) -> None:
     folder, asked = write_tiny_model(tmp_path / "tiny"), requests(40, prefix=[5, 6])
     texts = [Example([30 + n], [40 + n, 41, 42, 43]) for n in range(4)]
+    wanted = [(item.prompt, number % 2 == 0) for number, item in enumerate(asked)]
+    refuse = torch.tensor([side for _, side in wanted])
     left, moved = {}, {}
     for damping in (0.0, 0.1, 10.0):
         model = adapted(folder)
         start = [layer.delta.detach().clone() for layer in newton._layers(model, None)]
         if damping:
             read: list[int] = []
+            whitening = whitenings(model)
             newton_step(
-                model, steps_of(asked, texts), asked, damping=damping, whitening=whitenings(model), progress=read.append
+                model, steps_of(asked, texts), wanted, damping=damping, whitening=whitening, progress=read.append
             )
             assert sum(read) == len(asked)
         with torch.no_grad():
             odds = [refusal_odds(model(input_ids=torch.tensor([e.prompt])).logits[:, -1], REFUSING) for e in asked]
-        missing = shortfall(torch.cat(odds), torch.tensor([item.score for item in asked]))
-        left[damping] = float(missing.square().mean())
+        left[damping] = float(newton._missing(torch.cat(odds), refuse, 0.0).square().mean())
         changes = [layer.delta - old for layer, old in zip(newton._layers(model, None), start, strict=True)]
         moved[damping] = float(torch.cat([change.flatten() for change in changes]).norm())
     assert moved[0.0] == 0
     assert 0 < moved[10.0] < 0.2 * moved[0.1]
     assert left[0.1] < left[10.0] < left[0.0]
-    assert left[0.1] < 0.5 * left[0.0]
+    assert left[0.1] < 0.9 * left[0.0]
+
+
+def test_clear_odds_on_the_right_side_are_enough_and_a_bias_moves_both_sides() -> None:
+    odds, refuse = torch.tensor([9.0, 2.0, -9.0, 2.0, -4.0]), torch.tensor([True, True, False, False, False])
+    assert newton._missing(odds, refuse, 0.0).tolist() == [0, 4, 0, -8, -2]
+    assert newton._missing(odds, refuse, 1.0).tolist() == [0, 5, 0, -7, -1]
 
 
 def test_clusters_on_which_plain_text_does_not_hang_move_most(tmp_path: Path) -> None:
@@ -165,9 +170,9 @@ def test_a_run_ends_with_the_step_or_without(tiny: Path, tmp_path: Path) -> None
         for stage in ("probe", "cluster", "train"):
             run.stage(stage)
         data = run.training_data
-        harmful = [item.prompt in [other.prompt for other in data.harmful] for item in data.decisions]
-        assert sum(harmful) * 2 == len(harmful) == min(count, 80)
-        assert all(item.score is not None for item in data.decisions)
+        assert sum(refuse for _, refuse in data.decisions) * 2 == len(data.decisions) == min(count, 80)
+        asked = [item.prompt for item in data.harmful]
+        assert all((ids in asked) == refuse for ids, refuse in data.decisions)
         patches[name] = NestPatch.load(run.folder / "patch").tensors
     for name, change in patches["some"].items():
         assert np.array_equal(change.delta, patches["again"][name].delta)

@@ -12,7 +12,6 @@ from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conftest import write_prompts, write_tiny_model
-from nest_rs import teacher
 from nest_rs.config import build_config
 from nest_rs.errors import NestError
 from nest_rs.models import load_model
@@ -37,8 +36,8 @@ def requests(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize(("layers", "read"), [(2, [1]), (6, [2, 3, 4, 5]), (12, [4, 6, 8, 10])])
-def test_the_classifier_reads_the_standardised_means_of_four_depths(
-    layers: int, read: list[int], requests: tuple[list, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scores_are_those_of_a_probe_on_the_means_of_what_four_depths_read(
+    layers: int, read: list[int], requests: tuple[list, list], tmp_path: Path
 ) -> None:
     folder = write_tiny_model(tmp_path / "deep", num_hidden_layers=layers)
     model = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
@@ -58,28 +57,12 @@ def test_the_classifier_reads_the_standardised_means_of_four_depths(
         means.append(np.concatenate(seen))
     x = np.stack(means).astype(np.float64)
     x = (x - x.mean(axis=0)) / x.std(axis=0)
-    given: list[torch.Tensor] = []
-    classified = teacher._classified
-    monkeypatch.setattr(teacher, "_classified", lambda x, y: given.extend((x, y)) or classified(x, y))
+    theirs = LogisticRegression(C=0.01, tol=1e-10, max_iter=10_000).fit(x, harmful).decision_function(x)
     found = harm_scores(load_model(folder, device=torch.device("cpu"), dtype=torch.float32), ids, harmful, pad=PAD)
-    assert given[0].numpy() == pytest.approx(x, abs=2e-3)
-    assert given[1].tolist() == harmful
     assert found.dtype == np.float32
     assert np.abs(found).mean() == pytest.approx(6)
-    assert np.mean((found > 0) == harmful) > 0.95
-    again = harm_scores(load_model(folder, device=torch.device("cpu"), dtype=torch.float32), ids, harmful, pad=PAD)
-    assert np.array_equal(found, again)
-
-
-def test_the_classifier_learns_what_no_half_space_holds_and_leaves_the_random_state_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 2, (3000, 4), generator=generator) * 2 - 1 + 0.3 * torch.randn(3000, 4, generator=generator)
-    y = (x[:, 0] * x[:, 1] > 0).float()  # harmful in one frame and harmless in another
-    before = torch.random.get_rng_state()
-    right = ((teacher._classified(x[:2000], y[:2000]) > 0) == y[:2000].bool()).float().mean()
-    assert torch.equal(before, torch.random.get_rng_state())
-    linear = LogisticRegression().fit(x[:2000], y[:2000]).score(x[:2000], y[:2000])
-    assert linear < 0.6 < 0.95 < right
+    assert found == pytest.approx(6 * theirs / np.abs(theirs).mean(), abs=2e-3)
+    assert (found > 0).tolist() == harmful
 
 
 def test_states_that_are_not_finite_say_so(tiny: Path, requests: tuple[list, list]) -> None:
@@ -137,16 +120,10 @@ def test_to_be_surer_than_the_largest_score_costs_nothing(gap: float, score: flo
     assert bool(logits.grad.any()) == costs
 
 
-def test_one_kind_of_request_teaches_nothing(tiny_model: PreTrainedModel, requests: tuple[list, list]) -> None:
-    with pytest.raises(NestError, match="one kind of request"):
-        harm_scores(tiny_model, requests[0], [True] * len(requests[0]), pad=PAD)
-
-
-def test_a_step_has_scores_where_all_its_examples_have() -> None:
+def test_a_step_has_scores_where_all_its_examples_have(tiny_model: PreTrainedModel) -> None:
     harmful = [Example([1, 40 + i, 41], [50, 51]) for i in range(6)]
     benign = [Example([1, 70 + i], [60, 61, 62]) for i in range(6)]
-    known = [replace(item, score=0.5 * number) for number, item in enumerate((*harmful, *benign))]
-    told = scored(harmful, known), scored(benign, known)
+    told = scored(tiny_model, harmful, benign, pad=PAD, threads=1)
     steps = Steps(*told, batch_size=4, steps=3, seed=0, pad=PAD)
     scores = {tuple(item.prompt): item.score for items in told for item in items}
     for index, step in enumerate(steps.steps):

@@ -1,7 +1,7 @@
 """A Gauss-Newton step after the gradient steps: the decision on many requests, fitted at once.
 
 The deltas are so few numbers that every request's own gradient can be kept: a row of the Jacobian J each. The least
-change of the deltas that brings the odds of refusing to what the teacher says is then a ridge regression, solved in its
+change of the deltas that brings the odds of refusing where they should be is then a ridge regression, solved in its
 dual form by one n x n matrix. Gradient descent needs several times the passes for as much. The paper has nothing like
 it; for LoRA or full fine-tuning J would not fit in memory.
 """
@@ -18,7 +18,7 @@ import torch
 
 from nest_rs.packing import is_packed
 from nest_rs.prefix import budgeted
-from nest_rs.teacher import refusal_odds, shortfall
+from nest_rs.teacher import CLEAR, refusal_odds
 from nest_rs.train import Example, Steps, answer_logits, collate, on, training_attention
 from nest_rs.tuner import NestLinear
 
@@ -53,9 +53,10 @@ class _Layer:
 def newton_step(
     model: PeftModel,
     steps: Steps,
-    requests: Sequence[Example],
+    requests: Sequence[tuple[list[int], bool]],
     *,
     damping: float,
+    bias: float = 0.0,
     whitening: Mapping[str, torch.Tensor] | None = None,
     batch_tokens: int = 2048,
     progress: Callable[[int], None] = lambda _: None,
@@ -68,8 +69,9 @@ def newton_step(
     Args:
         model: A PEFT model with a `NestConfig` adapter, trained so far that it refuses by the steps' refusals.
         steps: What it was trained on.
-        requests: With their scores; of the answers the first tokens count as far as there is one.
+        requests: Token ids in their chat form, and whether to refuse. Odds of 6 logits on the right side are wanted.
         damping: The ridge, in units of the mean squared length of J's rows.
+        bias: Logits added to the odds that are wanted.
         whitening: As for `train_deltas`.
         batch_tokens: Tokens a batch may hold, padding included.
         progress: Called with the number of requests read.
@@ -80,20 +82,19 @@ def newton_step(
     model.eval()
     with training_attention(model, steps):
         scale = _scale(model, layers, steps) if steps.texts else torch.ones(sum(map(_size, layers)))
-        jacobian, odds, scores = [], [], []
-        ordered = sorted(requests, key=lambda item: len(item.prompt))
-        for rows in budgeted([item.prompt for item in ordered], batch_tokens):
-            asked, ordered = ordered[: len(rows)], ordered[len(rows) :]
-            # One token behind each request, so that there is a logit to predict it.
-            opened = [Example(item.prompt, item.answer[:1]) for item in asked]
+        jacobian, missing = [], []
+        ordered = sorted(requests, key=lambda request: len(request[0]))
+        for rows in budgeted([ids for ids, _ in ordered], batch_tokens):
+            refuse = torch.tensor([refuse for _, refuse in ordered[: len(rows)]])
+            ordered = ordered[len(rows) :]
+            # One token behind each request, whichever it is, so that there is a logit to predict it.
+            opened = [Example(ids, [steps.pad]) for ids in rows]
             batch = on(collate(opened, steps.pad, steps.prefix), model.device)
-            gradients, found = _gradients(model, layers, batch, partial(refusal_odds, refusing=refusing))
+            gradients, odds = _gradients(model, layers, batch, partial(refusal_odds, refusing=refusing))
             jacobian.append(gradients)
-            odds.append(found)
-            scores += [item.score for item in asked]
+            missing.append(_missing(odds, refuse, bias))
             progress(len(rows))
-    residual = shortfall(torch.cat(odds), torch.tensor(scores, dtype=torch.float32))
-    change = _ridge(torch.cat(jacobian).mul_(scale), residual, damping) * scale
+    change = _ridge(torch.cat(jacobian).mul_(scale), torch.cat(missing), damping) * scale
     for layer, part in zip(layers, torch.split(change, [_size(layer) for layer in layers]), strict=True):
         moved = part.view(layer.delta.shape).to(layer.delta.device)
         layer.delta.data += moved if layer.whitening is None else moved @ layer.whitening
@@ -109,6 +110,11 @@ def _layers(model: PeftModel, whitening: Mapping[str, torch.Tensor] | None) -> I
 
 def _size(layer: _Layer) -> int:
     return layer.delta.numel()
+
+
+def _missing(odds: torch.Tensor, refuse: torch.Tensor, bias: float) -> torch.Tensor:
+    """Logits from the odds to clear ones on the right side, [n]; 0 where they are clearer."""
+    return torch.where(refuse, (bias + CLEAR - odds).clamp(min=0), (bias - CLEAR - odds).clamp(max=0))
 
 
 def _ridge(rows: torch.Tensor, wanted: torch.Tensor, damping: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,14 +44,14 @@ class TrainingData:
     Attributes:
         harmful: Harmful requests with refusals.
         benign: Harmless requests with helpful answers.
-        decisions: More requests, as many of each class, of which only the teacher's score is to be learned.
+        decisions: Requests in their chat form, and whether to refuse them: as many of each class.
         steps: Both, in the steps of a run (or the parts of them).
         count: The number of optimizer steps.
     """
 
     harmful: list[Example]
     benign: list[Example]
-    decisions: list[Example]
+    decisions: list[tuple[list[int], bool]]
     steps: Steps
     count: int
 
@@ -105,13 +105,15 @@ def training_data(
     benign = helpful_examples(
         tokenizer, chosen, [known[item.id] for item in chosen], room=room, max_tokens=config.answer_tokens
     )
-    decisions: list[Example] = []
     if config.teacher_weight:
-        requests = taught(model, tokenizer, train, room=room, bias=config.refusal_bias)
-        harmful, benign = scored(harmful, requests.values()), scored(benign, requests.values())
-        kept = choose_benign(harmless, config.newton_requests // 2, config.twin_share, config.seed)
-        drawn = random.Random(config.seed).sample(refused, min(len(refused), len(kept)))
-        decisions = [requests[item.id] for item in (*drawn, *kept) if item.id in requests]
+        harmful, benign = scored(
+            model,
+            harmful,
+            benign,
+            bias=config.refusal_bias,
+            pad=tokenizer.pad_token_id,
+            threads=config.threads,
+        )
     texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
     steps = Steps(
@@ -123,32 +125,41 @@ def training_data(
         seed=config.seed,
         pad=tokenizer.pad_token_id,
     )
-    return TrainingData(harmful, benign, decisions, steps, count)
+    return TrainingData(harmful, benign, decisions(config, tokenizer, refused, harmless, room=room), steps, count)
 
 
-def taught(
-    model: PreTrainedModel,
+def decisions(
+    config: TuneConfig,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
     *,
     room: int,
+) -> list[tuple[list[int], bool]]:
+    """Requests drawn for the last step, half of them harmful, and whether to refuse them."""
+    kept = choose_benign(harmless, config.newton_requests // 2, config.twin_share, config.seed)
+    refused = random.Random(config.seed).sample(harmful, min(len(harmful), len(kept)))
+    drawn = [*refused, *kept]
+    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in drawn])
+    fit = fitting(asked, [item.id for item in drawn], room)
+    return [(asked[index], index < len(refused)) for index in fit]
+
+
+def scored(
+    model: PreTrainedModel,
+    harmful: Sequence[Example],
+    benign: Sequence[Example],
+    *,
     bias: float = 0.0,
-) -> dict[str, Example]:
-    """By id, each request with the teacher's score, `bias` logits on top of it; the answer is a placeholder."""
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
-    fit = fitting(asked, [item.id for item in prompts], room)
-    sides = [prompts[index].kind == "harmful" for index in fit]
-    scores = harm_scores(model, [asked[index] for index in fit], sides, pad=tokenizer.pad_token_id)
-    return {
-        prompts[index].id: Example(asked[index], [tokenizer.eos_token_id], score=score + bias)
-        for index, score in zip(fit, scores.tolist(), strict=True)
-    }
-
-
-def scored(examples: Sequence[Example], known: Iterable[Example]) -> list[Example]:
-    """The same examples with the scores that their requests have among the known ones."""
-    scores = {tuple(item.prompt): item.score for item in known}
-    return [replace(example, score=scores[tuple(example.prompt)]) for example in examples]
+    pad: int,
+    threads: int | None = None,
+) -> tuple[list[Example], list[Example]]:
+    """The same examples with the teacher's scores, and `bias` logits on top of them."""
+    examples = [*harmful, *benign]
+    sides = [True] * len(harmful) + [False] * len(benign)
+    scores = harm_scores(model, [example.prompt for example in examples], sides, pad=pad, threads=threads)
+    told = [replace(example, score=score + bias) for example, score in zip(examples, scores.tolist(), strict=True)]
+    return told[: len(harmful)], told[len(harmful) :]
 
 
 def plain_texts(
