@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import write_prompts
+from nest_rs.patch import NestPatch
 
 ONE = ["-m", "nest_rs"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *ONE]
@@ -57,6 +58,13 @@ def test_two_processes_train_along_the_same_curve(name: str, runs: dict[str, Pat
     assert len(one) >= 5
     assert one[-1] < one[0]
     assert two == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["two", "lifted"])
+def test_two_processes_end_at_the_same_deltas(name: str, runs: dict[str, Path]) -> None:
+    one, two = (NestPatch.load(runs[run] / "patch").tensors for run in ("one", name))
+    for tensor, change in one.items():
+        assert two[tensor].delta == pytest.approx(change.delta, rel=1e-2, abs=1e-2 * float(abs(change.delta).max()))
 
 
 def test_only_the_first_process_writes(runs: dict[str, Path]) -> None:

@@ -95,7 +95,8 @@ def _second(run: Run, folder: Path, first: NestPatch, category: str, *, allow: b
     if allow:
         # The kinds serve to draw from the allowed requests and from all other harmless ones in fixed shares.
         work.__dict__["prompts"] = [*others, *_as(harmless, "benign"), *_as(own, "twin")]
-    changes = {"twin_share": _ALLOWED_SHARE} if allow else {}
+    # The Gauss-Newton step knows only of refusing or not, and what is allowed again is to be answered as by the base.
+    changes: dict[str, Any] = {"newton_requests": 0, **({"twin_share": _ALLOWED_SHARE} if allow else {})}
     refused = [item for item in work.prompts if item.kind == "harmful" and item.split == "train"]
     changes["epochs"] = steps * (run.config.batch_size // 2) / len(refused)
     work.config = work.config.model_copy(update=changes)

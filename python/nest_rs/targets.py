@@ -141,8 +141,7 @@ def decisions(
     refused = random.Random(config.seed).sample(harmful, min(len(harmful), len(kept)))
     drawn = [*refused, *kept]
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in drawn])
-    fit = fitting(asked, [item.id for item in drawn], room)
-    return [(asked[index], index < len(refused)) for index in fit]
+    return [(ids, index < len(refused)) for index, ids in enumerate(asked) if len(ids) <= room]
 
 
 def scored(
