@@ -3,7 +3,7 @@
 The deltas are so few numbers that every request's own gradient can be kept: a row of the Jacobian J each. The least
 change of the deltas that brings the odds of refusing where they should be is then a ridge regression, solved in its
 dual form by one n x n matrix. Gradient descent needs several times the passes for as much. The paper has nothing like
-it; for LoRA or full fine-tuning J would not fit in memory.
+it; LoRA's J would be fifteen times as wide.
 """
 
 from __future__ import annotations
