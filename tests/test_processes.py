@@ -19,7 +19,8 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *
 
 
 def tune(launcher: list[str], tiny: Path, prompts: Path, out: Path, *flags: str) -> dict[str, object]:
-    settings = "--batch-size 8 --dtype float32 --z 1 --limit 4 --max-new-tokens 4 --epochs 1 --newton-requests 60 --no-export --json"
+    settings = "--batch-size 8 --dtype float32 --z 1 --limit 4 --max-new-tokens 4 --no-export --json"
+    settings += " --epochs 1 --newton-requests 60"
     command = [sys.executable, *launcher, "tune", str(tiny), "--prompts", str(prompts), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
