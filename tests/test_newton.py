@@ -110,7 +110,7 @@ def test_the_ridge_is_scikit_learns(shape: tuple[int, int]) -> None:
     assert newton._ridge(rows, wanted, 0.3).numpy() == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_step_comes_closer_to_the_scores_and_with_more_damping_moves_less(tmp_path: Path) -> None:
+def test_a_step_comes_closer_to_clear_odds_and_with_more_damping_moves_less(tmp_path: Path) -> None:
     folder, asked = write_tiny_model(tmp_path / "tiny"), requests(40, prefix=[5, 6])
     texts = [Example([30 + n], [40 + n, 41, 42, 43]) for n in range(4)]
     wanted = [(item.prompt, number % 2 == 0) for number, item in enumerate(asked)]

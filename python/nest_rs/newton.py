@@ -133,17 +133,15 @@ def _scale(model: PeftModel, layers: Sequence[_Layer], steps: Steps) -> torch.Te
     """
     generator = torch.Generator(model.device).manual_seed(0)
 
-    def drawn(logits: torch.Tensor, windows: int) -> torch.Tensor:
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
         likely = logits.float().log_softmax(dim=-1)
         tokens = torch.multinomial(likely.detach().exp(), 1, generator=generator)
         signs = torch.randint(0, 2, tokens.shape, generator=generator, device=tokens.device) * 2 - 1
-        return (likely.gather(1, tokens) * signs).view(windows, -1).sum(dim=1)
+        return (likely.gather(1, tokens) * signs).sum(dim=0)
 
     squares = torch.zeros(sum(map(_size, layers)))
     for text in steps.texts[:_WINDOWS]:
-        gradients, _ = _gradients(
-            model, layers, on(collate([text], steps.pad), model.device), partial(drawn, windows=1)
-        )
+        gradients, _ = _gradients(model, layers, on(collate([text], steps.pad), model.device), drawn)
         squares += gradients[0].square()
     parts = torch.split(squares, [_size(layer) for layer in layers])
     clusters = [part.view(layer.delta.shape).mean(dim=1) for layer, part in zip(layers, parts, strict=True)]
