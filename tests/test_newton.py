@@ -20,7 +20,7 @@ from nest_rs.patch import NestPatch
 from nest_rs.prefix import behind, prefix_cache
 from nest_rs.run import Run
 from nest_rs.teacher import refusal_odds
-from nest_rs.train import Example, Steps, collate, training_attention
+from nest_rs.train import Batch, Example, Steps, collate, training_attention
 from nest_rs.tuner import NestConfig
 
 PAD = 0
@@ -135,6 +135,32 @@ def test_a_step_comes_closer_to_clear_odds_and_with_more_damping_moves_less(tmp_
     assert 0 < moved[10.0] < 0.2 * moved[0.1]
     assert left[0.1] < left[10.0] < left[0.0]
     assert left[0.1] < 0.9 * left[0.0]
+
+
+def test_where_memory_runs_out_it_reads_fewer_requests_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, asked = write_tiny_model(tmp_path / "tiny"), requests(40, prefix=[5, 6])
+    wanted = [(item.prompt, number % 2 == 0) for number, item in enumerate(asked)]
+    answer_logits, sizes = newton.answer_logits, []
+
+    def spoilt(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(batch["attention_mask"]))
+        if sizes[-1] > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return answer_logits(model, batch)
+
+    found = []
+    for limited in (False, True):
+        monkeypatch.setattr(newton, "answer_logits", spoilt if limited else answer_logits)
+        model = adapted(folder)
+        read: list[int] = []
+        newton_step(model, steps_of(asked, []), wanted, damping=0.1, batch_tokens=400, progress=read.append)
+        assert sum(read) == len(asked)
+        found.append(torch.cat([layer.delta.detach().flatten() for layer in newton._layers(model, None)]))
+    assert sizes[0] == 40 and max(read) <= 12
+    assert "out of memory: going on with 200 tokens at a time" in caplog.text
+    assert found[1].numpy() == pytest.approx(found[0].numpy(), abs=1e-4)
 
 
 def test_clear_odds_on_the_right_side_are_enough_and_a_bias_moves_both_sides() -> None:

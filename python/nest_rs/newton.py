@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nest_rs.memory import halving
 from nest_rs.packing import is_packed
 from nest_rs.prefix import budgeted
 from nest_rs.teacher import CLEAR, refusal_odds
@@ -73,7 +74,7 @@ def newton_step(
         damping: The ridge, in units of the mean squared length of J's rows.
         bias: Logits added to the odds that are wanted.
         whitening: As for `train_deltas`.
-        batch_tokens: Tokens a batch may hold, padding included.
+        batch_tokens: Tokens a batch may hold, padding included; fewer where memory runs out.
         progress: Called with the number of requests read.
     """
     refusing = torch.unique(torch.tensor([item.answer[0] for part in steps.steps for item in part["harmful"]]))
@@ -82,19 +83,26 @@ def newton_step(
     model.eval()
     with training_attention(model, steps):
         scale = _scale(model, layers, steps) if steps.texts else torch.ones(sum(map(_size, layers)))
-        jacobian, missing = [], []
         ordered = sorted(requests, key=lambda request: len(request[0]))
-        for rows in budgeted([ids for ids, _ in ordered], batch_tokens):
+
+        def read(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = budgeted([ids for ids, _ in ordered], size)[0]
             refuse = torch.tensor([refuse for _, refuse in ordered[: len(rows)]])
-            ordered = ordered[len(rows) :]
             # One token behind each request, whichever it is, so that there is a logit to predict it.
             opened = [Example(ids, [steps.pad]) for ids in rows]
             batch = on(collate(opened, steps.pad, steps.prefix), model.device)
             gradients, odds = _gradients(model, layers, batch, partial(refusal_odds, refusing=refusing))
-            jacobian.append(gradients)
-            missing.append(_missing(odds, refuse, bias))
-            progress(len(rows))
-    change = _ridge(torch.cat(jacobian).mul_(scale), torch.cat(missing), damping) * scale
+            return gradients, _missing(odds, refuse, bias)
+
+        found = []
+        while ordered:
+            part, batch_tokens = halving(read, batch_tokens, "tokens at a time")
+            found.append(part)
+            ordered = ordered[len(part[1]) :]
+            progress(len(part[1]))
+    jacobian, missing = (torch.cat(parts) for parts in zip(*found, strict=True))
+    del found  # as large as J
+    change = _ridge(jacobian.mul_(scale), missing, damping) * scale
     for layer, part in zip(layers, torch.split(change, [_size(layer) for layer in layers]), strict=True):
         moved = part.view(layer.delta.shape).to(layer.delta.device)
         layer.delta.data += moved if layer.whitening is None else moved @ layer.whitening
