@@ -342,14 +342,18 @@ def test_a_run_without_a_name_goes_to_runs(world: World, tmp_path: Path, monkeyp
 def test_the_paper_preset_is_the_published_recipe(world: World, tmp_path: Path) -> None:
     succeed("probe", *world.common[:3], "--dtype", "float32", "--preset", "paper", "--out", tmp_path / "run")
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert {key: settings[key] for key in ("z", "positive", "clustering", "k_max", "standardize", "benign_loss")} == {
+    published = {
         "z": 3.0,
         "positive": True,
         "clustering": "silhouette",
         "k_max": 2,
         "standardize": False,
         "benign_loss": "sft",
+        "teacher_weight": 0.0,
+        "text_weight": 0.0,
+        "newton_requests": 0,
     }
+    assert {key: settings[key] for key in published} == published
 
 
 def test_python_takes_the_same_settings(world: World, tmp_path: Path) -> None:

@@ -158,9 +158,44 @@ def test_where_memory_runs_out_it_reads_fewer_requests_at_a_time(
         newton_step(model, steps_of(asked, []), wanted, damping=0.1, batch_tokens=400, progress=read.append)
         assert sum(read) == len(asked)
         found.append(torch.cat([layer.delta.detach().flatten() for layer in newton._layers(model, None)]))
-    assert sizes[0] == 40 and max(read) <= 12
+    assert sizes[0] == 40
+    assert max(read) <= 12
     assert "out of memory: going on with 200 tokens at a time" in caplog.text
     assert found[1].numpy() == pytest.approx(found[0].numpy(), abs=1e-4)
+
+
+def test_an_opening_is_as_sure_as_its_least_sure_token() -> None:
+    torch.manual_seed(0)
+    answers = [[50], [52, 7, 9], [50], [50, 8]]
+    logits, refusing = 3 * torch.randn(7, 60), REFUSING
+    found = newton.opening_odds(logits, answers, refusing)
+
+    def margin(row: int, token: int) -> float:
+        others = [float(value) for index, value in enumerate(logits[row]) if index != token]
+        return float(logits[row, token]) - max(others)
+
+    first = refusal_odds(logits[[0, 4]], refusing)
+    expected = [float(first[0]), min(margin(2, 7), margin(3, 9)), float(first[1]), margin(6, 8)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_follows_the_first_token_is_made_sure_too(tmp_path: Path) -> None:
+    folder, asked = write_tiny_model(tmp_path / "tiny"), requests(40, prefix=[5, 6])
+    wanted = [(item.prompt, number % 2 == 0) for number, item in enumerate(asked)]
+    harmful = [ids for ids, refuse in wanted if refuse]
+    sure = []
+    for shared, damping in ((2, 1e9), (1, 10.0), (2, 10.0)):
+        # Refusals that begin alike for so many tokens.
+        refused = [Example(ids, [*[50, 51][:shared], 54 + n % 2]) for n, ids in enumerate(harmful)]
+        steps = Steps(refused, requests(20, [5, 6]), [], batch_size=4, steps=5, seed=0, pad=PAD)
+        model = adapted(folder)
+        newton_step(model, steps, wanted, damping=damping)
+        with torch.no_grad():
+            logits = [model(input_ids=torch.tensor([[*ids, 50]])).logits[0, -2:] for ids in harmful]
+        sure.append(float(newton.opening_odds(torch.cat(logits), [[50, 51]] * len(harmful), REFUSING).mean()))
+    before, first_alone, both = sure
+    assert both > before + 0.2
+    assert first_alone < before + 0.05
 
 
 def test_clear_odds_on_the_right_side_are_enough_and_a_bias_moves_both_sides() -> None:

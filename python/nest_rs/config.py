@@ -14,17 +14,9 @@ from nest_rs.export import Precision
 from nest_rs.models import BUILTIN
 from nest_rs.neurons import Clustering
 
-# What a preset changes. `thorough` takes three times as long; `paper` is the recipe of arXiv 2602.16835v1, section 3, as
-# far as it is disclosed.
+# What a preset changes. `paper` is the recipe of arXiv 2602.16835v1, section 3, as far as it is disclosed.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "thorough": {
-        "epochs": 1.9,
-        "text_weight": 200.0,
-        "newton_requests": 4800,
-        "newton_damping": 3.0,
-        "refusal_bias": 1.0,
-    },
     "paper": {
         "depth": (0.0, 1.0),
         "z": 3.0,
@@ -56,7 +48,7 @@ class TuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(BUILTIN, description="base model: built-in name, folder, .gguf file or hub id")
-    preset: Literal["default", "thorough", "paper"] = Field("default", description="a set of defaults; flags and file win")
+    preset: Literal["default", "paper"] = Field("default", description="a set of defaults; flags and file win")
     out: Path | None = Field(None, description="run folder (default runs/<model>/<preset>-seed<seed>)")
     resume: bool = Field(False, description="go on with an interrupted run, stage by stage")
     seed: int = Field(0, description="of k-means, the choice of prompts, their order and the refusal texts")
@@ -98,13 +90,13 @@ class TuneConfig(BaseModel):
         3.0, ge=0, description="weight of deciding on the first token as a linear probe of the base does"
     )
     refusal_bias: float = Field(
-        0.5, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
+        1.0, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
     )
     newton_requests: int = Field(
-        1600, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
+        1000, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
     )
     newton_damping: float = Field(1.0, gt=0, description="how little that step may move the deltas")
-    text_weight: float = Field(64.0, ge=0, description="weight of the divergence from the base on plain text")
+    text_weight: float = Field(96.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 

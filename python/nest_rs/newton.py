@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,42 +71,70 @@ def newton_step(
     Args:
         model: A PEFT model with a `NestConfig` adapter, trained so far that it refuses by the steps' refusals.
         steps: What it was trained on.
-        requests: Token ids in their chat form, and whether to refuse. Odds of 6 logits on the right side are wanted.
+        requests: Token ids in their chat form, and whether to refuse. Odds of 6 logits on the right side are wanted, of
+            the first token and, where the request is to be refused, of the others that all refusals begin with.
         damping: The ridge, in units of the mean squared length of J's rows.
         bias: Logits added to the odds that are wanted.
         whitening: As for `train_deltas`.
         batch_tokens: Tokens a batch may hold, padding included; fewer where memory runs out.
         progress: Called with the number of requests read.
     """
-    refusing = torch.unique(torch.tensor([item.answer[0] for part in steps.steps for item in part["harmful"]]))
-    refusing = refusing.to(model.device)
+    refusals = [item.answer for part in steps.steps for item in part["harmful"]]
+    refusing = torch.unique(torch.tensor([answer[0] for answer in refusals])).to(model.device)
+    # Zipping ends with the shortest; refusals that begin in several ways open with any of them.
+    shared = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*refusals, strict=False))
+    opening = [tokens[0] for tokens in shared] or refusals[0][:1]
     layers = list(_layers(model, whitening))
     model.eval()
     with training_attention(model, steps):
         scale = _scale(model, layers, steps) if steps.texts else torch.ones(sum(map(_size, layers)))
-        ordered = sorted(requests, key=lambda request: len(request[0]))
+        # A request is refused where the first token is, and where what follows is "'m sorry" and not "'m glad to".
+        aims = [(Example(ids, opening[:1]), refuse) for ids, refuse in requests]
+        aims += [(Example(ids, opening), refuse) for ids, refuse in requests if refuse and opening[1:]]
+        aims.sort(key=lambda aim: len(aim[0].prompt))
 
         def read(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = budgeted([ids for ids, _ in ordered], size)[0]
-            refuse = torch.tensor([refuse for _, refuse in ordered[: len(rows)]])
-            # One token behind each request, whichever it is, so that there is a logit to predict it.
-            opened = [Example(ids, [steps.pad]) for ids in rows]
-            batch = on(collate(opened, steps.pad, steps.prefix), model.device)
-            gradients, odds = _gradients(model, layers, batch, partial(refusal_odds, refusing=refusing))
-            return gradients, _missing(odds, refuse, bias)
+            some = aims[: len(budgeted([item.prompt + item.answer for item, _ in aims], size)[0])]
+            answers = [item.answer for item, _ in some]
+            batch = on(collate([item for item, _ in some], steps.pad, steps.prefix), model.device)
+            value = partial(opening_odds, answers=answers, refusing=refusing)
+            gradients, odds = _gradients(model, layers, batch, value)
+            return gradients, _missing(odds, torch.tensor([refuse for _, refuse in some]), bias)
 
         found = []
-        while ordered:
-            part, batch_tokens = halving(read, batch_tokens, "tokens at a time")
-            found.append(part)
-            ordered = ordered[len(part[1]) :]
-            progress(len(part[1]))
+        while aims:
+            rows, batch_tokens = halving(read, batch_tokens, "tokens at a time")
+            found.append(rows)
+            read_now, aims = aims[: len(rows[1])], aims[len(rows[1]) :]
+            progress(sum(len(item.answer) == 1 for item, _ in read_now))
     jacobian, missing = (torch.cat(parts) for parts in zip(*found, strict=True))
     del found  # as large as J
     change = _ridge(jacobian.mul_(scale), missing, damping) * scale
     for layer, part in zip(layers, torch.split(change, [_size(layer) for layer in layers]), strict=True):
         moved = part.view(layer.delta.shape).to(layer.delta.device)
         layer.delta.data += moved if layer.whitening is None else moved @ layer.whitening
+
+
+def opening_odds(logits: torch.Tensor, answers: Sequence[Sequence[int]], refusing: torch.Tensor) -> torch.Tensor:
+    """By how much an opening's first token wins, or the least sure of the tokens that follow it.
+
+    Args:
+        logits: Of the answers' tokens, answer after answer, [tokens, vocabulary].
+        answers: Tokens of an opening each, n of them; of one token, it is asked about that.
+        refusing: Tokens with which refusals begin, int64 [r]; any of them counts as the first.
+
+    Returns:
+        `refusal_odds` of the first token, or the least logit - max(other logits) of the others, float32 [n].
+    """
+    logits, sizes = logits.float(), [len(answer) for answer in answers]
+    tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)[:, None]
+    sure = logits.gather(1, tokens)[:, 0] - logits.scatter(1, tokens, -torch.inf).amax(dim=1)
+    starts = torch.tensor([0, *sizes[:-1]], device=logits.device).cumsum(dim=0)
+    first = refusal_odds(logits[starts], refusing)
+    following = torch.split(sure, sizes)
+    return torch.stack(
+        [rest[1:].amin() if rest[1:].numel() else own for own, rest in zip(first, following, strict=True)]
+    )
 
 
 def _layers(model: PeftModel, whitening: Mapping[str, torch.Tensor] | None) -> Iterator[_Layer]:
