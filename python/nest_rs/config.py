@@ -71,7 +71,7 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.57, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(0.63, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
@@ -93,10 +93,10 @@ class TuneConfig(BaseModel):
         0.5, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
     )
     newton_requests: int = Field(
-        1000, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
+        0, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
     )
     newton_damping: float = Field(1.0, gt=0, description="how little that step may move the deltas")
-    text_weight: float = Field(96.0, ge=0, description="weight of the divergence from the base on plain text")
+    text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 
