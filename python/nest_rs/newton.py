@@ -94,7 +94,7 @@ def newton_step(
         aims.sort(key=lambda aim: len(aim[0].prompt))
 
         def read(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-            some = aims[: len(budgeted([item.prompt + item.answer for item, _ in aims], size)[0])]
+            some = aims[: len(next(budgeted([item.prompt + item.answer for item, _ in aims], size)))]
             answers = [item.answer for item, _ in some]
             batch = on(collate([item for item, _ in some], steps.pad, steps.prefix), model.device)
             value = partial(opening_odds, answers=answers, refusing=refusing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -62,15 +62,16 @@ def _repeated(cache: Any, rows: int) -> Any:
     return batch
 
 
-def budgeted(ids: Sequence[list[int]], budget: int) -> list[list[list[int]]]:
+def budgeted(ids: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:
     """Consecutive runs of prompts whose padded size stays within a budget of tokens."""
-    batches: list[list[list[int]]] = []
+    batch: list[list[int]] = []
     for row in ids:
-        if batches and max(len(row), *map(len, batches[-1])) * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+        if batch and max(len(row), *map(len, batch)) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def behind_prefix(

@@ -81,7 +81,7 @@ def collect_activations(
         NestError: a site's activations are not finite, or memory does not suffice for one prompt.
     """
     prefix = shared_prefix(ids)
-    batches = budgeted(ids, batch_tokens)
+    batches = list(budgeted(ids, batch_tokens))
     starts = list(accumulate(map(len, batches), initial=0))
     index, count = share()
     store, done = _take_up(path, sites, ids, model.dtype, f"{base} {batch_tokens}" if base else None)
