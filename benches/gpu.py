@@ -35,7 +35,7 @@ from steps import frozen_step, plain_step, race, synthetic, timed, tokens_of, wi
 DEPTH = (0.33, 1.0)  # where a default run looks
 # Hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied embeddings.
 SHAPES = {
-    "tiny": (64, 128, 3, 4, 2, 512, True),
+    "tiny": (64, 128, 3, 4, 2, 512, False),
     "1b": (2048, 8192, 16, 32, 8, 128256, True),
     "3b": (3072, 8192, 28, 24, 8, 128256, True),
     "8b": (4096, 14336, 32, 32, 8, 128256, False),

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from conftest import write_prompts
+
 BENCHES = Path(__file__).parent.parent / "benches"
 
 
@@ -28,6 +30,19 @@ def test_the_bench_of_one_accelerator_runs_on_a_processor() -> None:
     rows = run("gpu.py", *arguments)["tiny"]
     assert list(rows) == ["nest", "lora", "frozen", "full", "forward", "probe"]
     assert all(row["tokens/s"] > 0 for row in rows.values())
+
+
+def test_the_bench_of_a_whole_run_runs_on_a_processor(tiny: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    shape = ["--shape", "tiny", "--device", "cpu", "--tokenizer", tiny, "--folder", scratch]
+    found = run("stages.py", *shape, f"prompts={prompts}", "limit=2", "epochs=1", "batch_size=8")
+    assert list(found["stages"]) == ["load", "probe", "cluster", "train", "merge", "eval"]
+    assert all(row["GB"] > 0 for row in found["stages"].values())
+    assert found["steps"] == 5
+    assert 0 < found["trainable_params"] < found["total_params"]
+    assert not list(scratch.iterdir())  # models of 8B are not left behind
 
 
 @pytest.mark.parametrize(("part", "rows"), [("probe", 2), ("train", 5)])
