@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with metered(device) as cost:
             work()
         costs[name] = {"seconds": cost.seconds, "GB": round(cost.peak_mb / 1e3, 2)}
+        print(f"{name:8} {cost.seconds:>9} s {costs[name]['GB']:>8} GB", file=sys.stderr, flush=True)
 
     started = time.perf_counter()
     run = Run.start(config)
@@ -67,24 +69,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one run and print its stages."""
+    """Measure one run; its stages are told on stderr as they end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="of the run, as name=value")
     parser.add_argument("--shape", default="8b", choices=UNTIED)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="a model whose tokenizer is used")
     parser.add_argument("--folder", type=Path, help="where the models go for a while")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print all of it on stdout")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         found = measure(args, Path(scratch))
     if args.json:
         print(json.dumps(found, indent=2))
-        return
-    print(f"{'stage':8} {'seconds':>9} {'GB':>8}")
-    for name, row in found.pop("stages").items():
-        print(f"{name:8} {row['seconds']:>9} {row['GB']:>8}")
-    print(found)
 
 
 if __name__ == "__main__":
