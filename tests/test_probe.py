@@ -17,7 +17,7 @@ from conftest import write_tiny_model
 from nest_rs import ActivationStore, NestError
 from nest_rs.models import load_model
 from nest_rs.neurons import SiteNeurons, load_neurons, save_neurons, select_and_cluster
-from nest_rs.probe import collect_activations, fit_probes, load_probes, max_pool, save_probes
+from nest_rs.probe import collect_activations, fit_probes, load_probes, masked_max, max_pool, save_probes
 from nest_rs.prompts import encode, render
 from nest_rs.sites import find_sites
 
@@ -34,6 +34,14 @@ def test_max_pool_equals_a_masked_maximum(dtype: torch.dtype) -> None:
     pooled = max_pool(values, mask)
     assert pooled.dtype == dtype
     assert torch.equal(pooled, values.masked_fill(~mask[..., None], float("-inf")).amax(dim=1))
+
+
+@pytest.mark.parametrize("whole", [0, 3, 7])
+def test_what_an_accelerator_pools_is_what_the_core_pools(whole: int) -> None:
+    values = torch.randn(5, 7, 33)
+    lengths = torch.randint(max(1, whole), 8, (5, 1))
+    mask = torch.arange(7) < lengths
+    assert torch.equal(masked_max(values, mask, whole), max_pool(values, mask))
 
 
 def test_max_pool_reads_a_tensor_that_is_not_contiguous() -> None:

@@ -6,6 +6,7 @@ max-pooled over the prompt's own tokens, padding left out, and kept in a memory-
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,17 +41,31 @@ _STORE_DTYPES: dict[torch.dtype, Literal["f32", "f16", "bf16"]] = {
 }
 
 
-def max_pool(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def max_pool(values: torch.Tensor, mask: torch.Tensor, whole: int = 0) -> torch.Tensor:
     """Maximum over the tokens that the mask keeps: [n, tokens, d], bool [n, tokens] -> [n, d], same dtype.
 
-    On a CPU the Rust core streams through the tensor once; elsewhere torch does it on the device.
+    On a CPU the Rust core streams through the tensor once; elsewhere it is `masked_max`.
     """
     if values.device.type == "cpu":
         pooled = pooled_stats(values, mask).pooled
         # torch takes no bfloat16 from NumPy, only its bits
         bits = pooled.view(np.int16) if values.dtype == torch.bfloat16 else pooled
         return torch.from_numpy(bits).view(values.dtype)
-    return values.masked_fill(~mask[..., None], float("-inf")).amax(dim=1)
+    return masked_max(values, mask, whole)
+
+
+def masked_max(values: torch.Tensor, mask: torch.Tensor, whole: int = 0) -> torch.Tensor:
+    """The same in torch, on any device.
+
+    Args:
+        values: What to pool.
+        mask: Which tokens count.
+        whole: Of how many first tokens it is known that all rows keep them; they are read once, without a mask.
+    """
+    parts = [values[:, :whole]] if whole else []
+    if whole < values.shape[1]:
+        parts.append(values[:, whole:].masked_fill(~mask[:, whole:, None], float("-inf")))
+    return functools.reduce(torch.maximum, (part.amax(dim=1) for part in parts))
 
 
 def collect_activations(
@@ -153,7 +168,7 @@ class _Reader:
     ) -> None:
         self.model, self.prefix, self.pad, self.batch_tokens = model, prefix, pad, batch_tokens
         self.modules = {site.module: model.get_submodule(site.module) for site in sites}
-        self.mask = torch.ones(1, len(prefix), dtype=torch.bool, device=model.device)
+        self.mask, self.whole = torch.ones(1, len(prefix), dtype=torch.bool, device=model.device), len(prefix)
         self.pooled: dict[str, torch.Tensor] = {}
         self.opening: dict[str, torch.Tensor] = {}
         self.enough = False
@@ -178,7 +193,7 @@ class _Reader:
 
     def _pool(self, name: str, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
         try:
-            seen = max_pool(output, self.mask)
+            seen = max_pool(output, self.mask, self.whole)
         except ValueError as error:  # from the core; what an accelerator pools is looked at when it is stored
             raise _not_finite(name) from error
         self.pooled[name] = torch.maximum(seen, self.opening[name]) if name in self.opening else seen
@@ -190,13 +205,16 @@ class _Reader:
         rows, self.batch_tokens = halving(partial(self._read, batch), self.batch_tokens, "tokens a batch")
         if self.model.device.type == "cpu":
             return partial(dict, rows)
-        arriving = {name: values.to("cpu", non_blocking=True) for name, values in rows.items()}
+        # One copy, into memory that the device can write by itself: from any other the host would wait for it.
+        packed = torch.cat([values.flatten() for values in rows.values()])
+        arriving = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed, non_blocking=True)
         copied = torch.Event(self.model.device)
         copied.record()
 
         def arrived() -> dict[str, torch.Tensor]:
             copied.synchronize()
-            return arriving
+            parts = torch.split(arriving, [values.numel() for values in rows.values()])
+            return {name: part.view(values.shape) for (name, values), part in zip(rows.items(), parts, strict=True)}
 
         return arrived
 
@@ -205,6 +223,7 @@ class _Reader:
         parts = []
         for part in budgeted(batch, batch_tokens):
             tokens, self.mask, attended = behind_prefix(part, self.prefix, self.pad, self.model.device)
+            self.whole = min(map(len, part)) - len(self.prefix)
             self.pooled = {}
             with suppress(EnoughError):
                 self.model(
