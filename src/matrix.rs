@@ -91,6 +91,15 @@ impl<'a> Values<'a> {
         }
     }
 
+    /// Their bytes as they lie in memory.
+    pub(crate) fn bytes(&self) -> &'a [u8] {
+        match self {
+            Values::F32(v) => bytemuck::cast_slice(v),
+            Values::F16(v) => bytemuck::cast_slice(v),
+            Values::Bf16(v) => bytemuck::cast_slice(v),
+        }
+    }
+
     fn slice(&self, range: std::ops::Range<usize>) -> Values<'a> {
         match self {
             Values::F32(v) => Values::F32(&v[range]),
@@ -100,7 +109,7 @@ impl<'a> Values<'a> {
     }
 
     /// The largest magnitude, or infinity if any element is not finite.
-    fn max_abs(&self) -> f32 {
+    pub(crate) fn max_abs(&self) -> f32 {
         let widest = match self {
             Values::F32(v) => f32::from_bits(vector::max_abs_bits(v)),
             Values::F16(v) => {

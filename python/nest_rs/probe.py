@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
@@ -103,8 +104,8 @@ def collect_activations(
     mine = [number for number in range(index, len(batches), count) if number not in done]
     with store, track("probe", total=sum(len(batches[number]) for number in mine), unit="prompts") as advance:
 
-        def keep(number: int, pooled: dict[str, torch.Tensor]) -> None:
-            for module, values in pooled.items():
+        def keep(number: int, arriving: Callable[[], dict[str, torch.Tensor]]) -> None:
+            for module, values in arriving().items():
                 try:
                     store.write(module, starts[number], values)
                 except ValueError as error:
@@ -113,15 +114,16 @@ def collect_activations(
                 file.write(f"{number}\n")
             advance(len(batches[number]))
 
-        with _Reader(model, sites, prefix, pad, batch_tokens) as reader:
-            ahead: tuple[int, Callable[[], dict[str, torch.Tensor]]] | None = None
+        # Written by a thread of its own, while the next batch is read.
+        with _Reader(model, sites, prefix, pad, batch_tokens) as reader, ThreadPoolExecutor(1) as writer:
+            writing: Future[None] | None = None
             for number in mine:
                 arriving = reader.read(batches[number])
-                if ahead:
-                    keep(ahead[0], ahead[1]())  # while the device works on the next batch
-                ahead = (number, arriving)
-            if ahead:
-                keep(ahead[0], ahead[1]())
+                if writing:
+                    writing.result()
+                writing = writer.submit(keep, number, arriving)
+            if writing:
+                writing.result()
         store.close()
     wait()
     if is_main():

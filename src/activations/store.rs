@@ -183,6 +183,7 @@ impl ActivationStore {
             path: path.to_path_buf(),
             partial,
             layout,
+            unsynced: 0,
         })
     }
 
@@ -305,6 +306,9 @@ fn partial_path(path: &Path) -> Result<PathBuf> {
     Ok(path.with_file_name(name))
 }
 
+/// How much may be written before the disk is waited for.
+const SYNC_BYTES: usize = 64 << 20;
+
 /// A store being written. Dropped unfinished, it leaves its `.partial` file to be resumed.
 #[derive(Debug)]
 pub struct StoreWriter {
@@ -312,6 +316,8 @@ pub struct StoreWriter {
     path: PathBuf,
     partial: PathBuf,
     layout: Layout,
+    /// Bytes written since the disk was last waited for.
+    unsynced: usize,
 }
 
 impl StoreWriter {
@@ -368,6 +374,9 @@ impl StoreWriter {
         }
         let dtype = self.layout.dtype;
         let mut at = span.0 + (start * width * dtype.size()) as u64;
+        if block.values().dtype() == dtype && block.values().max_abs().is_finite() {
+            return self.put(at, block.values().bytes());
+        }
         let mut single = vec![0.0f32; width];
         let step = (1 << 20) / (width * dtype.size()) + 1;
         let mut bytes = Vec::with_capacity(step.min(rows) * width * dtype.size());
@@ -385,13 +394,27 @@ impl StoreWriter {
                     });
                 }
             }
-            self.file
-                .seek(SeekFrom::Start(at))
-                .and_then(|_| self.file.write_all(&bytes))
-                .map_err(Error::io(&self.partial))?;
+            self.put(at, &bytes)?;
             at += bytes.len() as u64;
         }
         Ok(())
+    }
+
+    /// Writes bytes at a place of the file. The disk is given its part now and then, while others compute, not all of
+    /// it at the end.
+    fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.unsynced += bytes.len();
+        self.file
+            .seek(SeekFrom::Start(at))
+            .and_then(|_| self.file.write_all(bytes))
+            .and_then(|()| {
+                if self.unsynced < SYNC_BYTES {
+                    return Ok(());
+                }
+                self.unsynced = 0;
+                self.file.sync_data()
+            })
+            .map_err(Error::io(&self.partial))
     }
 
     /// Flushes to the disk, renames to the final name, and opens the store.
