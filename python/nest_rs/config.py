@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "thorough": {
         "epochs": 1.9,
         "text_weight": 96.0,
-        "refusal_bias": 1.5,
+        "refusal_bias": 1.0,
         "newton_requests": 2400,
         "newton_damping": 3.0,
     },
