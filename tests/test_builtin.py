@@ -20,7 +20,7 @@ from nest_rs.fold import merge_folder
 from nest_rs.models import BUILTIN, Base, load_model, load_tokenizer, resolve
 from nest_rs.neurons import SiteNeurons, select_and_cluster
 from nest_rs.probe import collect_activations, fit_probes
-from nest_rs.prompts import embedded_prompts, encode, render
+from nest_rs.prompts import embedded_prompts, encode, refusals, render
 from nest_rs.sites import find_sites
 
 pytestmark = pytest.mark.builtin
@@ -45,6 +45,19 @@ def load(base: Base) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def model(base: Base) -> PreTrainedModel:
     return load(base)
+
+
+def test_no_answer_of_the_base_opens_as_a_refusal_does(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # Else the first token decides less than it is trained to: "I" opens "I'm sorry" and "I'm excited" alike.
+    asked = [item.prompt for item in embedded_prompts() if item.kind != "harmful" and item.split == "validation"][::6]
+    ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in asked])
+    openings = {model(torch.tensor([row]), logits_to_keep=1).logits[0, -1].argmax().item() for row in ids}
+    assert len(openings) > 10
+    refusing = {row[0] for row in encode(tokenizer, refusals())}
+    assert len(refusing) == 1
+    assert not refusing & openings
 
 
 class Probed:

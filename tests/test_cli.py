@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from conftest import tiny_tokenizer, write_prompts, write_tiny_model
 from nest_rs import NestPatch, tune
 from nest_rs.cli import main
+from nest_rs.config import TuneConfig
 from nest_rs.models import load_model, load_tokenizer
 from nest_rs.neurons import load_neurons
 from nest_rs.prompts import encode, render
@@ -354,6 +355,21 @@ def test_the_paper_preset_is_the_published_recipe(world: World, tmp_path: Path) 
         "newton_requests": 0,
     }
     assert {key: settings[key] for key in published} == published
+
+
+def test_the_thorough_preset_ends_with_a_gauss_newton_step(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed("probe", *world.common[:3], "--dtype", "float32", "--preset", "thorough", "--out", run)
+    succeed("cluster", run)
+    settings, default = yaml.safe_load((run / "config.yaml").read_text()), TuneConfig()
+    assert settings["epochs"] > default.epochs
+    deltas = []
+    for flags in ([], ["--newton-requests", "0"]):
+        succeed("train", run, *flags)
+        patch = NestPatch.load(run / "patch")
+        deltas.append(np.concatenate([np.ravel(change.delta) for change in patch.tensors.values()]))
+    assert np.isfinite(deltas).all()
+    assert not np.array_equal(*deltas)
 
 
 def test_python_takes_the_same_settings(world: World, tmp_path: Path) -> None:

@@ -54,6 +54,24 @@ def test_blocks_of_the_stores_type_keep_their_bits(tmp_path):
     assert np.array_equal(store.read("s"), bits.float().numpy())
 
 
+def test_more_than_the_disk_is_given_at_once_is_stored_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((5, 4, 1 << 20), dtype=np.float32)  # 80 MiB
+    store = ActivationStore.create(tmp_path / "store", {"site": 1 << 20}, 20, "f32")
+    for number, block in enumerate(blocks):
+        store.write("site", 4 * number, block)
+    assert np.array_equal(store.finish().read("site"), blocks.reshape(20, -1))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_block_of_the_stores_type_says_where_it_is_not_finite(tmp_path, dtype):
+    block = np.zeros((3, 5), dtype=TYPES[dtype])
+    block[2, 1] = np.inf
+    store = ActivationStore.create(tmp_path / "store", {"site": 5}, 4, dtype=dtype)
+    with pytest.raises(ValueError, match="row `3`, column `1`"):
+        store.write("site", 1, block)
+
+
 def test_columns_are_points(tmp_path, blocks):
     store = fill(tmp_path / "x", blocks, "f32")
     x = store.read("b.gate")

@@ -114,11 +114,14 @@ def collect_activations(
                 file.write(f"{number}\n")
             advance(len(batches[number]))
 
-        # Written by a thread of its own, while the next batch is read.
+        # While an accelerator works on the next batch, a thread writes; a processor has no core to spare for one.
         with _Reader(model, sites, prefix, pad, batch_tokens) as reader, ThreadPoolExecutor(1) as writer:
             writing: Future[None] | None = None
             for number in mine:
                 arriving = reader.read(batches[number])
+                if model.device.type == "cpu":
+                    keep(number, arriving)
+                    continue
                 if writing:
                     writing.result()
                 writing = writer.submit(keep, number, arriving)
