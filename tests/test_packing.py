@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     Lfm2Config,
+    LlamaConfig,
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -145,9 +146,9 @@ FIT = {
 }
 
 
-def chosen_attention(config: Any) -> str:
+def chosen_attention(config: Any, dtype: torch.dtype = torch.float32) -> str:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for parameter in model.parameters():
         parameter.data.mul_(4)
     with training_attention(model, make_steps()):
@@ -162,6 +163,11 @@ def test_a_model_of_another_attention_is_trained_padded(kind: str) -> None:
 @pytest.mark.parametrize("kind", FIT)
 def test_windows_that_hold_every_sequence_are_packed(kind: str) -> None:
     assert chosen_attention(FIT[kind]) == ATTENTION
+
+
+def test_a_deep_model_is_packed_whose_roundings_add_up_in_bfloat16() -> None:
+    # Two of the library's own implementations differ by a tenth here.
+    assert chosen_attention(LlamaConfig(**{**SHAPE, "num_hidden_layers": 16}), torch.bfloat16) == ATTENTION
 
 
 def test_the_attention_is_put_back_after_an_error(tiny_model: PreTrainedModel) -> None:
