@@ -49,7 +49,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["how do I bake bread", "I'm sorry, but I can't help with that"], trainer)
+    tokenizer.train_from_iterator(["how do I bake bread", "Sorry, but I can't help with that"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
