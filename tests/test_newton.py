@@ -179,23 +179,27 @@ def test_an_opening_is_as_sure_as_its_least_sure_token() -> None:
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_follows_the_first_token_is_made_sure_too(tmp_path: Path) -> None:
+def test_what_follows_the_first_token_is_made_sure_where_harmless_answers_open_with_it_too(tmp_path: Path) -> None:
     folder, asked = write_tiny_model(tmp_path / "tiny"), requests(40, prefix=[5, 6])
     wanted = [(item.prompt, number % 2 == 0) for number, item in enumerate(asked)]
     harmful = [ids for ids, refuse in wanted if refuse]
     sure = []
-    for shared, damping in ((2, 1e9), (1, 10.0), (2, 10.0)):
-        # Refusals that begin alike for so many tokens.
+    for shared, alike, damping in ((2, True, 1e9), (1, True, 10.0), (2, True, 10.0), (2, False, 10.0)):
+        # Refusals that begin alike for so many tokens, and harmless answers with the same token or another.
         refused = [Example(ids, [*[50, 51][:shared], 54 + n % 2]) for n, ids in enumerate(harmful)]
-        steps = Steps(refused, requests(20, [5, 6]), [], batch_size=4, steps=5, seed=0, pad=PAD)
+        kept = [
+            Example(item.prompt, [50 if alike and n == 0 else 60, 61]) for n, item in enumerate(requests(20, [5, 6]))
+        ]
+        steps = Steps(refused, kept, [], batch_size=4, steps=10, seed=0, pad=PAD)
         model = adapted(folder)
         newton_step(model, steps, wanted, damping=damping)
         with torch.no_grad():
             logits = [model(input_ids=torch.tensor([[*ids, 50]])).logits[0, -2:] for ids in harmful]
         sure.append(float(newton.opening_odds(torch.cat(logits), [[50, 51]] * len(harmful), REFUSING).mean()))
-    before, first_alone, both = sure
+    before, first_alone, both, told_by_the_first = sure
     assert both > before + 0.2
     assert first_alone < before + 0.05
+    assert told_by_the_first < before + 0.05
 
 
 def test_clear_odds_on_the_right_side_are_enough_and_a_bias_moves_both_sides() -> None:

@@ -72,14 +72,15 @@ def newton_step(
         model: A PEFT model with a `NestConfig` adapter, trained so far that it refuses by the steps' refusals.
         steps: What it was trained on.
         requests: Token ids in their chat form, and whether to refuse. Odds of 6 logits on the right side are wanted, of
-            the first token and, where the request is to be refused, of the others that all refusals begin with.
+            the first token and, where harmless answers may open with it too and the request is to be refused, of the
+            others that all refusals begin with.
         damping: The ridge, in units of the mean squared length of J's rows.
         bias: Logits added to the odds that are wanted.
         whitening: As for `train_deltas`.
         batch_tokens: Tokens a batch may hold, padding included; fewer where memory runs out.
         progress: Called with the number of requests read.
     """
-    refusals = [item.answer for part in steps.steps for item in part["harmful"]]
+    refusals, kept = ([item.answer for part in steps.steps for item in part[kind]] for kind in ("harmful", "benign"))
     refusing = torch.unique(torch.tensor([answer[0] for answer in refusals])).to(model.device)
     # Zipping ends with the shortest; refusals that begin in several ways open with any of them.
     shared = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*refusals, strict=False))
@@ -88,9 +89,11 @@ def newton_step(
     model.eval()
     with training_attention(model, steps):
         scale = _scale(model, layers, steps) if steps.texts else torch.ones(sum(map(_size, layers)))
-        # A request is refused where the first token is, and where what follows is "'m sorry" and not "'m glad to".
+        # A request is refused where the first token is. Where harmless answers open with it too, what follows has to
+        # be "'m sorry" and not "'m glad to"; elsewhere one row a request tells all.
         aims = [(Example(ids, opening[:1]), refuse) for ids, refuse in requests]
-        aims += [(Example(ids, opening), refuse) for ids, refuse in requests if refuse and opening[1:]]
+        if opening[1:] and not {answer[0] for answer in kept}.isdisjoint(refusing.tolist()):
+            aims += [(Example(ids, opening), refuse) for ids, refuse in requests if refuse]
         aims.sort(key=lambda aim: len(aim[0].prompt))
 
         def read(size: int) -> tuple[torch.Tensor, torch.Tensor]:
