@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from nest_rs.config import TuneConfig
 from nest_rs.evaluate.refusal import evaluate_refusal
 from nest_rs.evaluate.suites import load_suites
+from nest_rs.framing import in_framings
 from nest_rs.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from nest_rs.prompts import load_prompts
 from nest_rs.sites import find_sites
@@ -81,6 +82,7 @@ def main() -> None:
             model = load_model(base.folder, device=device, dtype=dtype)
         with stage("data"):
             train = [item for item in load_prompts(None) if item.split == "train"]
+            train = in_framings(train, defaults.frame_share, defaults.seed)
             room = model.config.get_text_config().max_position_embeddings - defaults.answer_tokens
             harmful = refusal_examples(
                 tokenizer, [item for item in train if item.kind == "harmful"], room=room, seed=defaults.seed

@@ -353,6 +353,7 @@ def test_the_paper_preset_is_the_published_recipe(world: World, tmp_path: Path) 
         "teacher_weight": 0.0,
         "text_weight": 0.0,
         "newton_requests": 0,
+        "frame_share": 0.0,
     }
     assert {key: settings[key] for key in published} == published
 

@@ -16,7 +16,7 @@ from nest_rs.config import build_config
 from nest_rs.errors import NestError
 from nest_rs.models import load_model
 from nest_rs.prefix import shared_prefix
-from nest_rs.prompts import encode, load_prompts, render
+from nest_rs.prompts import Prompt, encode, load_prompts, render
 from nest_rs.reading import read_inputs
 from nest_rs.run import Run
 from nest_rs.sites import find_sites
@@ -120,17 +120,32 @@ def test_to_be_surer_than_the_largest_score_costs_nothing(gap: float, score: flo
     assert bool(logits.grad.any()) == costs
 
 
-def test_a_step_has_scores_where_all_its_examples_have(tiny_model: PreTrainedModel) -> None:
-    harmful = [Example([1, 40 + i, 41], [50, 51]) for i in range(6)]
-    benign = [Example([1, 70 + i], [60, 61, 62]) for i in range(6)]
-    told = scored(tiny_model, harmful, benign, pad=PAD, threads=1)
-    steps = Steps(*told, batch_size=4, steps=3, seed=0, pad=PAD)
-    scores = {tuple(item.prompt): item.score for items in told for item in items}
+def test_a_step_has_scores_where_all_its_examples_have() -> None:
+    harmful = [Example([1, 40 + i, 41], [50, 51], score=float(i)) for i in range(6)]
+    benign = [Example([1, 70 + i], [60, 61, 62], score=-float(i)) for i in range(6)]
+    steps = Steps(harmful, benign, batch_size=4, steps=3, seed=0, pad=PAD)
     for index, step in enumerate(steps.steps):
-        wanted = [scores[tuple(item.prompt)] for kind in ("harmful", "benign") for item in step[kind]]
-        assert steps[index]["scores"].tolist() == pytest.approx(wanted)
-    mixed = Steps([replace(item, score=None) for item in told[0]], told[1], batch_size=4, steps=3, seed=0, pad=PAD)
+        wanted = [item.score for kind in ("harmful", "benign") for item in step[kind]]
+        assert steps[index]["scores"].tolist() == wanted
+    mixed = Steps([replace(item, score=None) for item in harmful], benign, batch_size=4, steps=3, seed=0, pad=PAD)
     assert "scores" not in mixed[0]
+
+
+def test_requests_that_fit_are_scored_and_a_bias_is_added(
+    tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [
+        Prompt(f"{n}", f"{'rob' if n % 2 else 'bake'} {n}", "harmful" if n % 2 else "twin", "", "", "train")
+        for n in range(12)
+    ]
+    found = scored(tiny_model, tokenizer, [*prompts, replace(prompts[0], id="long", prompt="bake " * 90)], room=80)
+    assert list(found) == [item.id for item in prompts]
+    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
+    wanted = harm_scores(tiny_model, asked, [item.kind == "harmful" for item in prompts], pad=tokenizer.pad_token_id)
+    assert list(found.values()) == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert all(found[item.id] > 0 for item in prompts if item.kind == "harmful")
+    surer = scored(tiny_model, tokenizer, prompts, room=80, bias=1.5)
+    assert [surer[name] - score for name, score in found.items()] == pytest.approx([1.5] * 12, abs=1e-4)
 
 
 def test_training_comes_closer_to_the_teacher(tiny: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "whiten": None,
         "learning_rate": 1e-2,
         "twin_share": 0.0,
+        "frame_share": 0.0,
         "epochs": 5.0,
         "batch_size": 32,
         "accumulate": 2,
@@ -108,6 +109,9 @@ class TuneConfig(BaseModel):
     newton_damping: float = Field(1.0, gt=0, description="how little that step may move the deltas")
     text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
+    frame_share: float = Field(
+        0.0, ge=0, le=1, description="share of the training requests in an everyday framing: role, story, rules"
+    )
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 
     suite: list[str] = Field(

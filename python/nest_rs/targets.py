@@ -7,9 +7,10 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from nest_rs.errors import NestError
 from nest_rs.evaluate.generate import Answer, decode
 from nest_rs.evaluate.judge import is_apology, is_refusal
 from nest_rs.files import replacing
+from nest_rs.framing import in_framings
 from nest_rs.models import Base, cache_dir, head_makes_logits
 from nest_rs.processes import is_main, share, wait
 from nest_rs.prompts import Prompt, encode, fitting, refusals, render
@@ -87,12 +89,24 @@ def training_data(
     """The examples and steps that a configuration asks for; the base answers harmless requests without a response."""
     train = [item for item in prompts if item.split == "train"]
     room = int(model.config.get_text_config().max_position_embeddings) - config.answer_tokens
-    refused = [item for item in train if item.kind == "harmful"]
-    harmful = refusal_examples(tokenizer, refused, room=room, seed=config.seed)
+    framed = _framed(config, tokenizer, train, room=room)
+    refused = [item for item in framed if item.kind == "harmful"]
     half = config.batch_size // 2
-    count = math.ceil(config.epochs * len(harmful) / half)
-    harmless = [item for item in train if item.kind != "harmful"]
+    count = math.ceil(config.epochs * len(refused) / half)
+    harmless = [item for item in framed if item.kind != "harmful"]
     chosen = choose_benign(harmless, count * half, config.twin_share, config.seed)
+    scores: dict[str, float] = {}
+    if config.teacher_weight:
+        drawn = {item.id for item in (*refused, *chosen)}
+        scores = scored(
+            model,
+            tokenizer,
+            [item for item in train if item.id in drawn],  # the teacher reads what is asked, bare
+            room=room,
+            bias=config.refusal_bias,
+            threads=config.threads,
+        )
+    harmful = refusal_examples(tokenizer, refused, scores, room=room, seed=config.seed)
     asked = [item for item in chosen if item.response is None]
     answers = own_answers(
         base, model, tokenizer, asked, max_new_tokens=config.answer_tokens, batch_size=config.eval_batch_size
@@ -103,17 +117,8 @@ def training_data(
         (item.id for item in told), given_answers(tokenizer, [str(item.response) for item in told]), strict=True
     )
     benign = helpful_examples(
-        tokenizer, chosen, [known[item.id] for item in chosen], room=room, max_tokens=config.answer_tokens
+        tokenizer, chosen, [known[item.id] for item in chosen], scores, room=room, max_tokens=config.answer_tokens
     )
-    if config.teacher_weight:
-        harmful, benign = scored(
-            model,
-            harmful,
-            benign,
-            bias=config.refusal_bias,
-            pad=tokenizer.pad_token_id,
-            threads=config.threads,
-        )
     texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
     steps = Steps(
@@ -126,6 +131,15 @@ def training_data(
         pad=tokenizer.pad_token_id,
     )
     return TrainingData(harmful, benign, decisions(config, tokenizer, refused, harmless, room=room), steps, count)
+
+
+def _framed(
+    config: TuneConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, room: int
+) -> list[Prompt]:
+    """Requests of which a share stands in a framing, but for those that would be longer than `room` tokens in it."""
+    framed = in_framings(prompts, config.frame_share, config.seed)
+    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in framed])
+    return [new if len(ids) <= room else old for old, new, ids in zip(prompts, framed, asked, strict=True)]
 
 
 def decisions(
@@ -146,19 +160,19 @@ def decisions(
 
 def scored(
     model: PreTrainedModel,
-    harmful: Sequence[Example],
-    benign: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
     *,
+    room: int,
     bias: float = 0.0,
-    pad: int,
     threads: int | None = None,
-) -> tuple[list[Example], list[Example]]:
-    """The same examples with the teacher's scores, and `bias` logits on top of them."""
-    examples = [*harmful, *benign]
-    sides = [True] * len(harmful) + [False] * len(benign)
-    scores = harm_scores(model, [example.prompt for example in examples], sides, pad=pad, threads=threads)
-    told = [replace(example, score=score + bias) for example, score in zip(examples, scores.tolist(), strict=True)]
-    return told[: len(harmful)], told[len(harmful) :]
+) -> dict[str, float]:
+    """The teacher's score of each request of at most `room` tokens, by id, with `bias` logits on top of it."""
+    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
+    fit = fitting(asked, [item.id for item in prompts], room)
+    sides = [prompts[index].kind == "harmful" for index in fit]
+    scores = harm_scores(model, [asked[index] for index in fit], sides, pad=tokenizer.pad_token_id, threads=threads)
+    return {prompts[index].id: score + bias for index, score in zip(fit, scores.tolist(), strict=True)}
 
 
 def plain_texts(
@@ -264,26 +278,38 @@ def choose_benign(prompts: Sequence[Prompt], count: int, twin_share: float, seed
 
 
 def refusal_examples(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, room: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    scores: Mapping[str, float] = MappingProxyType({}),
+    *,
+    room: int,
+    seed: int,
 ) -> list[Example]:
-    """Harmful requests, each with its own response or one of the refusal texts."""
+    """Harmful requests, each with its own response or one of the refusal texts, and with its score if there is one."""
     rng = random.Random(seed)
     texts = refusals()
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
     told = encode(tokenizer, [item.response or rng.choice(texts) for item in prompts])
     fit = fitting(asked, [item.id for item in prompts], room)
-    return [Example(asked[index], [*told[index], tokenizer.eos_token_id]) for index in fit]
+    return [
+        Example(asked[index], [*told[index], tokenizer.eos_token_id], score=scores.get(prompts[index].id))
+        for index in fit
+    ]
 
 
 def helpful_examples(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     answers: Sequence[Answer | None],
+    scores: Mapping[str, float] = MappingProxyType({}),
     *,
     room: int,
     max_tokens: int,
 ) -> list[Example]:
-    """Harmless requests with helpful answers; those to which the base itself refused or apologised are left out."""
+    """Harmless requests with helpful answers, and with their scores if there are any.
+
+    Those to which the base itself refused or apologised are left out.
+    """
     texts = [
         "" if answer is None else tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         for answer in answers
@@ -296,9 +322,9 @@ def helpful_examples(
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item, _ in chosen])
     examples = []
     for i in fitting(asked, [item.id for item, _ in chosen], room):
-        answer = chosen[i][1]
+        item, answer = chosen[i]
         states = None if answer.states is None else answer.states[:max_tokens]
-        examples.append(Example(asked[i], answer.tokens[:max_tokens], states))
+        examples.append(Example(asked[i], answer.tokens[:max_tokens], states, scores.get(item.id)))
     return examples
 
 
