@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
+from statistics import mean, variance
 from typing import Literal
 
 import pytest
@@ -276,16 +276,6 @@ def test_weight_on_plain_text_keeps_the_tuned_model_near_the_base_there(
     assert 0 < drift[20.0] < drift[0.0] / 2
 
 
-def test_batches_that_meet_are_of_like_length() -> None:
-    steps = Steps(examples(64, 5), examples(64, 6), batch_size=16, steps=8, seed=0, pad=PAD)
-
-    def longest(kind: str) -> list[int]:
-        return [max(len(item.prompt) for item in step[kind]) for step in steps.steps]
-
-    rank = sorted(range(8), key=lambda i: (longest("harmful")[i], longest("benign")[i]))
-    assert [longest("benign")[i] for i in rank] == sorted(longest("benign"))
-
-
 def test_an_epoch_uses_each_harmful_example_once_but_for_the_remainder() -> None:
     steps = make_steps(steps=30)
     left_out = Counter[int]()
@@ -304,15 +294,10 @@ def test_benign_examples_are_all_seen_before_one_returns() -> None:
         assert used == dict.fromkeys(range(100, 112), 1)
 
 
-def test_batches_hold_examples_of_like_length() -> None:
-    harmful = examples(64, 5)
-    steps = Steps(harmful, harmful, batch_size=16, steps=8, seed=0, pad=PAD)
-    ranges = sorted(
-        (min(found), max(found))
-        for step in steps.steps
-        for found in [[len(item.prompt) + len(item.answer) for item in step["harmful"]]]
-    )
-    assert all(one[1] <= following[0] for one, following in pairwise(ranges))
+def test_a_batch_holds_short_and_long_examples() -> None:
+    lengths = [[len(item.prompt) for item in step[kind]] for step in make_steps(steps=30).steps for kind in step]
+    everywhere = variance(length for found in lengths for length in found)
+    assert mean(variance(found) for found in lengths) > 0.8 * everywhere
 
 
 def order(steps: Steps) -> list[list[int]]:

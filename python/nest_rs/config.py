@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Three times the steps, and a Gauss-Newton step at the end: what the default leaves out to take minutes.
     "thorough": {
         "epochs": 1.9,
+        "frame_share": 0.4,
         "text_weight": 96.0,
         "refusal_bias": 1.0,
         "newton_requests": 2400,
@@ -82,7 +83,7 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.63, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(0.6, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
@@ -110,7 +111,7 @@ class TuneConfig(BaseModel):
     text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
     frame_share: float = Field(
-        0.0, ge=0, le=1, description="share of the training requests in an everyday framing: role, story, rules"
+        0.25, ge=0, le=1, description="share of the training requests in an everyday framing: role, story, rules"
     )
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 

@@ -16,12 +16,10 @@ from importlib.resources import files
 
 from nest_rs.prompts import Prompt
 
-# How often a framing has each of its parts, and how many sentences of those that may have several: of most framings,
-# and of the long ones, which are a fifth of all.
+# How often a framing has each of its parts, and how many sentences of those that may have several.
 _ROLE, _LEAD, _CLOSE = 0.6, 0.5, 0.4
-_LONG = 0.2
-_STORIES = {False: (0, 0, 1, 1, 2), True: (2, 3, 4, 5)}
-_RULES = {False: (0, 1, 2, 3, 4), True: (4, 6, 8, 10)}
+_STORIES = (0, 0, 1, 1, 2)
+_RULES = (0, 1, 2, 3, 4)
 _MARKS = ("{}", "{}", '"{}"', "[{}]")
 _BETWEEN = (" ", " ", "\n", "\n\n")
 
@@ -47,11 +45,11 @@ def in_framings(prompts: Sequence[Prompt], share: float, seed: int) -> list[Prom
 
 
 def _framed(request: str, rng: random.Random) -> str:
-    parts, long = _parts(), rng.random() < _LONG
-    rules = rng.sample(parts["rule"], rng.choice(_RULES[long]))
+    parts = _parts()
+    rules = rng.sample(parts["rule"], rng.choice(_RULES))
     before = rng.randint(0, len(rules))
     lines = [rng.choice(parts["role"])] if rng.random() < _ROLE else []
-    lines += rng.sample(parts["story"], rng.choice(_STORIES[long])) + rules[:before]
+    lines += rng.sample(parts["story"], rng.choice(_STORIES)) + rules[:before]
     if rng.random() < _LEAD:
         lines.append(rng.choice(parts["lead"]))
     lines += [rng.choice(_MARKS).format(request), *rules[before:]]

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -113,14 +114,7 @@ class Steps(Dataset[Batch]):
         self.pad = pad
         self.texts = texts
         self.prefix = shared_prefix([example.prompt for example in (*harmful, *benign)])
-        refuse, keep = _batches(harmful, half, steps, rng), _batches(benign, half, steps, rng)
-        # Within an epoch of harmful requests, batches of like length meet: less padding.
-        epoch = max(1, len(harmful) // half)
-        for start in range(0, steps, epoch):
-            window = slice(start, min(start + epoch, steps))
-            ranked = sorted(range(start, window.stop), key=lambda i: _length(refuse[i]))
-            for index, batch in zip(ranked, sorted(keep[window], key=_length), strict=True):
-                keep[index] = batch
+        refuse, keep = (list(islice(drawn(items, half, rng), steps)) for items in (harmful, benign))
         self.steps = [{"harmful": one, "benign": other} for one, other in zip(refuse, keep, strict=True)]
 
     def finer(self, count: int) -> Steps:
@@ -172,18 +166,16 @@ def _length(batch: Sequence[Example]) -> int:
     return max(len(example.prompt) for example in batch)
 
 
-def _batches(examples: Sequence[Example], size: int, count: int, rng: random.Random) -> list[list[Example]]:
-    """`count` batches of like length, in random order, from as many shuffled epochs as that takes."""
-    batches: list[list[Example]] = []
-    size = min(size, len(examples))
-    while len(batches) < count:
-        order = sorted(rng.sample(examples, len(examples)), key=lambda item: len(item.prompt) + len(item.answer))
-        # The incomplete batch is a random one, so that the longest examples are not always the ones left over.
-        start = rng.randrange(len(order) % size + 1)
-        epoch = [list(order[i : i + size]) for i in range(start, len(order) - size + 1, size)]
-        rng.shuffle(epoch)
-        batches.extend(epoch)
-    return batches[:count]
+def drawn(examples: Sequence[Example], size: int, rng: random.Random) -> Iterator[list[Example]]:
+    """All examples in random order, in batches of `size` (or of all there are), then again, without end.
+
+    They are not sorted by length: packed rows have no padding to save, and a batch of long requests alone would be one
+    of framed requests alone.
+    """
+    size = max(1, min(size, len(examples)))
+    while True:
+        order = rng.sample(examples, len(examples))
+        yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
 
 
 def answer_logits(model: torch.nn.Module, *batches: Batch) -> tuple[torch.Tensor, ...]:

@@ -20,12 +20,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nest_rs.compare.batches import drawn
 from nest_rs.compare.bench import Bench, Tuned
 from nest_rs.compare.meter import metered
 from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.progress import track
-from nest_rs.train import Batch, collate, on, training_attention
+from nest_rs.train import Batch, collate, drawn, on, training_attention
 
 _ALPHA = 10.0
 _RANK = 16

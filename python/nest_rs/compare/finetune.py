@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nest_rs.compare.batches import drawn
 from nest_rs.models import pick_dtype
 from nest_rs.prefix import shared_prefix
 from nest_rs.progress import track
-from nest_rs.train import Example, answer_logits, collate, on, sft_loss, training_attention
+from nest_rs.train import Example, answer_logits, collate, drawn, on, sft_loss, training_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
