@@ -83,7 +83,7 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.6, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(0.48, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
