@@ -174,9 +174,10 @@ impl Screen {
             let mut lost = 0.0f64;
             for (squares, norm) in packed.squares.iter().zip(&norms) {
                 if *norm > 0.0 {
-                    // The norm is an upper bound; the last factor brings it back below.
+                    // The norm is an upper bound; the last factor brings it back below. No coordinate loses
+                    // more than itself, and what `norm_above` adds is much for a subnormal column.
                     let loss = norm_above(squares.lost, dim);
-                    lost = lost.max(loss / norm * (1.0 + 3.0 * NORM));
+                    lost = lost.max((loss / norm * (1.0 + 3.0 * NORM)).min(1.0));
                 }
             }
             return Screen {
@@ -390,6 +391,19 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_subnormal_column_leaves_the_bounds_of_the_others_finite() {
+        let c = [4.6e11f32, 1.0, 0.0, f32::MIN_POSITIVE / 8.0];
+        let screen = Screen::new(&c, 1, &[0.0; 4], &[0, 1, 2, 3]);
+        let mut scratch = Scratch::default();
+        let screened = screen.screen(&(&[2.6e11f32][..], 1), &Kept::default(), 0..1, &mut scratch);
+        for (j, &column) in c.iter().enumerate() {
+            let low = f64::from(screened.bias[j] - screened.row(0)[j]);
+            let score = -2.6e11 * f64::from(column);
+            assert!(low.is_finite() && low <= score && score <= low + screened.width(j));
         }
     }
 
