@@ -169,7 +169,7 @@ def scored(
 ) -> dict[str, float]:
     """The teacher's score of each request of at most `room` tokens, by id, with `bias` logits on top of it."""
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
-    fit = fitting(asked, [item.id for item in prompts], room)
+    fit = [index for index, ids in enumerate(asked) if len(ids) <= room]  # who reads the others says so
     sides = [prompts[index].kind == "harmful" for index in fit]
     scores = harm_scores(model, [asked[index] for index in fit], sides, pad=tokenizer.pad_token_id, threads=threads)
     return {prompts[index].id: score + bias for index, score in zip(fit, scores.tolist(), strict=True)}
