@@ -28,11 +28,10 @@ from trl import SFTConfig, SFTTrainer
 from nest_rs.config import TuneConfig
 from nest_rs.evaluate.refusal import evaluate_refusal
 from nest_rs.evaluate.suites import load_suites
-from nest_rs.framing import in_framings
 from nest_rs.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from nest_rs.prompts import load_prompts
 from nest_rs.sites import find_sites
-from nest_rs.targets import choose_benign, helpful_examples, own_answers, refusal_examples
+from nest_rs.targets import choose_benign, framed_requests, helpful_examples, own_answers, refusal_examples
 from nest_rs.train import Example
 
 
@@ -82,8 +81,8 @@ def main() -> None:
             model = load_model(base.folder, device=device, dtype=dtype)
         with stage("data"):
             train = [item for item in load_prompts(None) if item.split == "train"]
-            train = in_framings(train, defaults.frame_share, defaults.seed)
             room = model.config.get_text_config().max_position_embeddings - defaults.answer_tokens
+            train = framed_requests(defaults, tokenizer, train, room=room)
             harmful = refusal_examples(
                 tokenizer, [item for item in train if item.kind == "harmful"], room=room, seed=defaults.seed
             )

@@ -89,7 +89,7 @@ def training_data(
     """The examples and steps that a configuration asks for; the base answers harmless requests without a response."""
     train = [item for item in prompts if item.split == "train"]
     room = int(model.config.get_text_config().max_position_embeddings) - config.answer_tokens
-    framed = _framed(config, tokenizer, train, room=room)
+    framed = framed_requests(config, tokenizer, train, room=room)
     refused = [item for item in framed if item.kind == "harmful"]
     half = config.batch_size // 2
     count = math.ceil(config.epochs * len(refused) / half)
@@ -133,7 +133,7 @@ def training_data(
     return TrainingData(harmful, benign, decisions(config, tokenizer, refused, harmless, room=room), steps, count)
 
 
-def _framed(
+def framed_requests(
     config: TuneConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, room: int
 ) -> list[Prompt]:
     """Requests of which a share stands in a framing, but for those that would be longer than `room` tokens in it."""

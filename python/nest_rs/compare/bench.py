@@ -21,10 +21,9 @@ from nest_rs.evaluate.refusal import evaluate_refusal, rate
 from nest_rs.evaluate.suites import Suite, load_suites
 from nest_rs.evaluate.utility import measure_utility
 from nest_rs.files import write_json
-from nest_rs.framing import in_framings
 from nest_rs.models import load_model, pick_device, pick_dtype
 from nest_rs.run import Run
-from nest_rs.targets import helpful_examples
+from nest_rs.targets import framed_requests, helpful_examples
 from nest_rs.train import Example
 
 if TYPE_CHECKING:
@@ -101,7 +100,8 @@ class Bench:
                 if item.split == "train" and (item.kind == "harmful") == (kind == "harmful")
             ]
             count = min(len(asked), self.run.training_data.count * config.batch_size // 2)
-            asked = in_framings(random.Random(config.seed).sample(asked, count), config.frame_share, config.seed)
+            drawn = random.Random(config.seed).sample(asked, count)
+            asked = framed_requests(config, self.tokenizer, drawn, room=room)
             answers = decode(
                 self.base,
                 self.tokenizer,
