@@ -83,9 +83,8 @@ def main() -> None:
             train = [item for item in load_prompts(None) if item.split == "train"]
             room = model.config.get_text_config().max_position_embeddings - defaults.answer_tokens
             train = framed_requests(defaults, tokenizer, train, room=room)
-            harmful = refusal_examples(
-                tokenizer, [item for item in train if item.kind == "harmful"], room=room, seed=defaults.seed
-            )
+            refused = [item for item in train if item.kind == "harmful"]
+            harmful = refusal_examples(tokenizer, refused, seed=defaults.seed)
             half = defaults.batch_size // 2
             steps = args.steps or math.ceil(defaults.epochs * len(harmful) / half)
             others = [item for item in train if item.kind in ("benign", "twin")]
@@ -98,7 +97,7 @@ def main() -> None:
                 max_new_tokens=defaults.answer_tokens,
                 batch_size=defaults.eval_batch_size,
             )
-            benign = helpful_examples(tokenizer, chosen, answers, room=room, max_tokens=defaults.answer_tokens)
+            benign = helpful_examples(tokenizer, chosen, answers, max_tokens=defaults.answer_tokens)
             rng = random.Random(defaults.seed)
             both = zip(rows(harmful, steps * half, rng), rows(benign, steps * half, rng), strict=True)
             data = Dataset.from_list([row for pair in both for row in pair])

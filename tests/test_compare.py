@@ -212,6 +212,16 @@ def test_a_trial_takes_the_first_steps(bench: Bench) -> None:
     assert [example.prompt for example in again.harmful] == [example.prompt for example in data.harmful]
 
 
+def test_baselines_read_as_many_requests_as_the_gauss_newton_step(bench: Bench, tiny: Path, tmp_path: Path) -> None:
+    assert bench.baseline_data is bench.run.training_data  # there is no such step
+    other = Bench(tmp_path / "other", settings(tiny, tmp_path, newton_requests=24), ["nest-benign"])
+    own, theirs = other.run.training_data, other.baseline_data
+    assert own.decisions
+    assert not theirs.decisions
+    assert theirs.count == own.count + 24 // other.config.batch_size
+    assert [example.prompt for example in theirs.harmful] == [example.prompt for example in own.harmful]
+
+
 def test_controls_differ_in_rows_or_clusters_alone(bench: Bench) -> None:
     made = {name: METHODS[name](bench) for name in ("nest", "random-rows", "random-clusters")}
     assert len({tuned.trainable_params for tuned in made.values()}) == 1

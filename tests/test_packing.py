@@ -29,16 +29,19 @@ from test_train import PAD, deltas, examples, peft_model
 
 CPU = torch.device("cpu")
 TEXT = [Example([40], [41, 42, 43, 44, 45, 46]), Example([50], [51, 52])]
+ASKED = examples(9, 3)
+LONG = [Example([1, 20, 21, 110, *range(30, 80)], [60, 61]), Example([1, 20, 21, 111, *range(40, 77)], [62])]
+# Two long requests among short ones, so that attention pads them apart.
+ASKED[2:2], ASKED[8:8] = LONG[:1], LONG[1:]
 
 
 def batches() -> list[dict[str, Any]]:
     """Requests behind a shared opening, and texts of which none is behind anything."""
-    asked = examples(9, 3)
-    return [collate(asked, PAD, shared_prefix([item.prompt for item in asked])), collate(TEXT, PAD)]
+    return [collate(ASKED, PAD, shared_prefix([item.prompt for item in ASKED])), collate(TEXT, PAD)]
 
 
 def make_steps(count: int = 6) -> Steps:
-    return Steps(examples(13, 1), examples(9, 2), TEXT, batch_size=8, steps=count, seed=0, pad=PAD)
+    return Steps([*LONG, *examples(11, 1)], examples(9, 2), TEXT, batch_size=8, steps=count, seed=0, pad=PAD)
 
 
 def test_a_row_holds_every_token_once() -> None:
@@ -46,13 +49,22 @@ def test_a_row_holds_every_token_once() -> None:
     row = pack(found, torch.float32)
     assert row.inputs["input_ids"].shape == row.inputs["position_ids"].shape
     own = [batch["attention_mask"][:, batch["prefix"].shape[1] :].bool() for batch in found]
-    assert row.inputs["input_ids"].shape[1] == 128  # the next multiple of 64 that holds 90
-    assert 3 + sum(int(mask.sum()) for mask in own) == 90
+    assert row.inputs["input_ids"].shape[1] == 192  # the next multiple of 64 that holds 182
+    assert 3 + sum(int(mask.sum()) for mask in own) == 182
     for batch, mask, slots in zip(found, own, row.slots, strict=True):
         for name in ("input_ids", "position_ids"):
             assert torch.equal(row.inputs[name][0, slots[mask]], batch[name][mask])
     taken = torch.cat([slots[mask] for slots, mask in zip(row.slots, own, strict=True)])
     assert len(taken.unique()) == len(taken)
+
+
+def test_long_sequences_are_padded_apart_from_short_ones() -> None:
+    _, asked, text = pack(batches(), torch.float32).inputs["packing"]
+    assert [bias.shape[0] for bias in asked.biases] == [8, 3]
+    assert asked.biases[0].shape[1] < asked.biases[1].shape[1] == 56  # the next multiple of 8 that holds 53
+    assert [bias.shape[0] for bias in text.biases] == [2]
+    for item in (asked, text):
+        assert torch.equal(item.slots[item.places], torch.arange(len(item.places)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
@@ -62,7 +74,7 @@ def test_packed_logits_equal_those_of_each_sequence_alone(family: str, tmp_path:
         assert is_packed(model)
         found = answer_logits(model, *batches())
     assert not is_packed(model)
-    for items, logits in zip((examples(9, 3), TEXT), found, strict=True):
+    for items, logits in zip((ASKED, TEXT), found, strict=True):
         for item, told in zip(items, logits.split([len(item.answer) for item in items]), strict=True):
             with torch.no_grad():
                 alone = model(input_ids=torch.tensor([item.prompt + item.answer]), use_cache=False).logits[0]

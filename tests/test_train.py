@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -15,13 +16,15 @@ from peft import PeftModel, get_peft_model
 from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conftest import write_tiny_model
+from conftest import write_prompts, write_tiny_model
 from nest_rs import NestConfig, NestError
+from nest_rs.config import build_config
 from nest_rs.evaluate.generate import Answer
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.models import Base, load_model
 from nest_rs.prefix import shared_prefix
 from nest_rs.prompts import Prompt, encode, refusals, render
+from nest_rs.run import Run
 from nest_rs.sites import find_sites
 from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, plain_texts, refusal_examples
 from nest_rs.train import (
@@ -519,7 +522,7 @@ def ask(*prompts: str, kind: Literal["harmful", "benign", "twin"] = "harmful") -
 
 def test_harmful_requests_get_refusals_that_end(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = [*ask(*[f"break in {n}" for n in range(30)]), Prompt("own", "rob", "harmful", "", "", "train", "No way.")]
-    found = refusal_examples(tokenizer, prompts, room=200, seed=0)
+    found = refusal_examples(tokenizer, prompts, seed=0)
     assert [tokenizer.decode(item.prompt) for item in found] == [render(tokenizer, item.prompt) for item in prompts]
     told = [tokenizer.decode(item.answer, skip_special_tokens=True) for item in found]
     assert told[-1] == "No way."
@@ -528,24 +531,50 @@ def test_harmful_requests_get_refusals_that_end(tokenizer: PreTrainedTokenizerBa
     assert len({tuple(item.answer[:4]) for item in found[:-1]}) == 1  # behind one opening
     assert all(is_refusal(text) for text in told[:-1])
     assert {item.answer[-1] for item in found} == {tokenizer.eos_token_id}
-    again = refusal_examples(tokenizer, prompts, room=200, seed=0)
+    again = refusal_examples(tokenizer, prompts, seed=0)
     assert again == found
-    assert refusal_examples(tokenizer, prompts, room=200, seed=1) != found
+    assert refusal_examples(tokenizer, prompts, seed=1) != found
 
 
 def test_refused_and_missing_answers_are_not_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = ask("a", "b", "c", "d", "e", kind="benign")
     texts = ["Bread takes time to bake.", "I can't help with that.", "", "I'm sorry to hear that."]
     answers: list[Answer | None] = [*given_answers(tokenizer, texts), None]
-    found = helpful_examples(tokenizer, prompts, answers, room=200, max_tokens=4)
+    found = helpful_examples(tokenizer, prompts, answers, max_tokens=4)
     assert [item.prompt for item in found] == encode(tokenizer, [render(tokenizer, "a")])
     assert found[0].answer == encode(tokenizer, ["Bread takes time to bake."])[0][:4]
+
+
+@pytest.mark.parametrize(("kind", "named"), [("harmful", "harmful"), ("twin", "harmless")])
+def test_a_class_that_leaves_no_room_is_a_clear_error(kind: str, named: str, tiny: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"bake {n} loaves" + " of bread" * 40 * (one == kind), "kind": one, "split": "train"}
+        for n in range(6)
+        for one in ("harmful", "twin")
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": str(tiny), "prompts": str(path), "dtype": "float32", "answer_tokens": 190}
+    with pytest.raises(NestError, match=f"not one {named} request leaves room for an answer in the context: `66` "):
+        _ = Run(tmp_path / "run", build_config(given)).training_data
+
+
+def test_the_steps_are_counted_in_requests_that_fit(tiny: Path, tmp_path: Path) -> None:
+    counts = []
+    for name, long in (("short", 0), ("long", 30)):
+        path = write_prompts(tmp_path / f"{name}.jsonl")
+        with path.open("a") as file:
+            for n in range(long):
+                file.write(json.dumps({"prompt": f"{n} " + "bread " * 400, "kind": "harmful", "split": "train"}) + "\n")
+        given = {"model": str(tiny), "prompts": str(path), "dtype": "float32", "epochs": 2, "frame_share": 0.0}
+        counts.append(Run(tmp_path / "run", build_config(given)).training_data.count)
+    assert counts[0] == counts[1] == 5  # twice through 20 harmful requests, 8 a step
 
 
 def test_a_base_that_refuses_everything_is_a_clear_error(tokenizer: PreTrainedTokenizerBase) -> None:
     answers = given_answers(tokenizer, ["I can't help with that."])
     with pytest.raises(NestError, match="the base refuses every harmless request"):
-        helpful_examples(tokenizer, ask("a", kind="benign"), answers, room=200, max_tokens=4)
+        helpful_examples(tokenizer, ask("a", kind="benign"), answers, max_tokens=4)
 
 
 def test_harmless_requests_are_chosen_by_share_and_seed() -> None:

@@ -94,6 +94,10 @@ def training_data(
     half = config.batch_size // 2
     count = math.ceil(config.epochs * len(refused) / half)
     harmless = [item for item in framed if item.kind != "harmful"]
+    if not refused or not harmless:
+        kind = "harmless" if refused else "harmful"
+        message = f"not one {kind} request leaves room for an answer in the context: `{room}` tokens at most"
+        raise NestError(message, mend="shorten them, or use a model with a longer context")
     chosen = choose_benign(harmless, count * half, config.twin_share, config.seed)
     scores: dict[str, float] = {}
     if config.teacher_weight:
@@ -102,11 +106,10 @@ def training_data(
             model,
             tokenizer,
             [item for item in train if item.id in drawn],  # the teacher reads what is asked, bare
-            room=room,
             bias=config.refusal_bias,
             threads=config.threads,
         )
-    harmful = refusal_examples(tokenizer, refused, scores, room=room, seed=config.seed)
+    harmful = refusal_examples(tokenizer, refused, scores, seed=config.seed)
     asked = [item for item in chosen if item.response is None]
     answers = own_answers(
         base, model, tokenizer, asked, max_new_tokens=config.answer_tokens, batch_size=config.eval_batch_size
@@ -117,7 +120,7 @@ def training_data(
         (item.id for item in told), given_answers(tokenizer, [str(item.response) for item in told]), strict=True
     )
     benign = helpful_examples(
-        tokenizer, chosen, [known[item.id] for item in chosen], scores, room=room, max_tokens=config.answer_tokens
+        tokenizer, chosen, [known[item.id] for item in chosen], scores, max_tokens=config.answer_tokens
     )
     texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
@@ -130,16 +133,24 @@ def training_data(
         seed=config.seed,
         pad=tokenizer.pad_token_id,
     )
-    return TrainingData(harmful, benign, decisions(config, tokenizer, refused, harmless, room=room), steps, count)
+    return TrainingData(harmful, benign, decisions(config, tokenizer, refused, harmless), steps, count)
 
 
 def framed_requests(
     config: TuneConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, room: int
 ) -> list[Prompt]:
-    """Requests of which a share stands in a framing, but for those that would be longer than `room` tokens in it."""
-    framed = in_framings(prompts, config.frame_share, config.seed)
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in framed])
-    return [new if len(ids) <= room else old for old, new, ids in zip(prompts, framed, asked, strict=True)]
+    """The requests of at most `room` tokens, a share of them in a framing; bare where they would be longer in it.
+
+    Raises:
+        NestError: not one fits.
+    """
+
+    def read(items: Sequence[Prompt]) -> list[list[int]]:
+        return encode(tokenizer, [render(tokenizer, item.prompt) for item in items])
+
+    bare = [prompts[index] for index in fitting(read(prompts), [item.id for item in prompts], room)]
+    framed = in_framings(bare, config.frame_share, config.seed)
+    return [new if len(ids) <= room else old for old, new, ids in zip(bare, framed, read(framed), strict=True)]
 
 
 def decisions(
@@ -147,15 +158,13 @@ def decisions(
     tokenizer: PreTrainedTokenizerBase,
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
-    *,
-    room: int,
 ) -> list[tuple[list[int], bool]]:
     """Requests drawn for the last step, half of them harmful, and whether to refuse them."""
     kept = choose_benign(harmless, config.newton_requests // 2, config.twin_share, config.seed)
     refused = random.Random(config.seed).sample(harmful, min(len(harmful), len(kept)))
     drawn = [*refused, *kept]
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in drawn])
-    return [(ids, index < len(refused)) for index, ids in enumerate(asked) if len(ids) <= room]
+    return [(ids, index < len(refused)) for index, ids in enumerate(asked)]
 
 
 def scored(
@@ -163,16 +172,14 @@ def scored(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    room: int,
     bias: float = 0.0,
     threads: int | None = None,
 ) -> dict[str, float]:
-    """The teacher's score of each request of at most `room` tokens, by id, with `bias` logits on top of it."""
+    """The teacher's score of each request, by id, with `bias` logits on top of it."""
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
-    fit = [index for index, ids in enumerate(asked) if len(ids) <= room]  # who reads the others says so
-    sides = [prompts[index].kind == "harmful" for index in fit]
-    scores = harm_scores(model, [asked[index] for index in fit], sides, pad=tokenizer.pad_token_id, threads=threads)
-    return {prompts[index].id: score + bias for index, score in zip(fit, scores.tolist(), strict=True)}
+    sides = [item.kind == "harmful" for item in prompts]
+    scores = harm_scores(model, asked, sides, pad=tokenizer.pad_token_id, threads=threads)
+    return {item.id: score + bias for item, score in zip(prompts, scores.tolist(), strict=True)}
 
 
 def plain_texts(
@@ -282,7 +289,6 @@ def refusal_examples(
     prompts: Sequence[Prompt],
     scores: Mapping[str, float] = MappingProxyType({}),
     *,
-    room: int,
     seed: int,
 ) -> list[Example]:
     """Harmful requests, each with its own response or one of the refusal texts, and with its score if there is one."""
@@ -290,10 +296,9 @@ def refusal_examples(
     texts = refusals()
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
     told = encode(tokenizer, [item.response or rng.choice(texts) for item in prompts])
-    fit = fitting(asked, [item.id for item in prompts], room)
     return [
-        Example(asked[index], [*told[index], tokenizer.eos_token_id], score=scores.get(prompts[index].id))
-        for index in fit
+        Example(ids, [*answer, tokenizer.eos_token_id], score=scores.get(item.id))
+        for item, ids, answer in zip(prompts, asked, told, strict=True)
     ]
 
 
@@ -303,7 +308,6 @@ def helpful_examples(
     answers: Sequence[Answer | None],
     scores: Mapping[str, float] = MappingProxyType({}),
     *,
-    room: int,
     max_tokens: int,
 ) -> list[Example]:
     """Harmless requests with helpful answers, and with their scores if there are any.
@@ -320,12 +324,15 @@ def helpful_examples(
         raise NestError("the base refuses every harmless request", mend="give prompts with a `response` of their own")
     chosen = [(prompts[i], answer) for i in kept if (answer := answers[i]) is not None]
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item, _ in chosen])
-    examples = []
-    for i in fitting(asked, [item.id for item, _ in chosen], room):
-        item, answer = chosen[i]
-        states = None if answer.states is None else answer.states[:max_tokens]
-        examples.append(Example(asked[i], answer.tokens[:max_tokens], states, scores.get(item.id)))
-    return examples
+    return [
+        Example(
+            ids,
+            answer.tokens[:max_tokens],
+            None if answer.states is None else answer.states[:max_tokens],
+            scores.get(item.id),
+        )
+        for (item, answer), ids in zip(chosen, asked, strict=True)
+    ]
 
 
 def given_answers(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[Answer]:

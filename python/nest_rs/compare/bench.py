@@ -23,7 +23,7 @@ from nest_rs.evaluate.utility import measure_utility
 from nest_rs.files import write_json
 from nest_rs.models import load_model, pick_device, pick_dtype
 from nest_rs.run import Run
-from nest_rs.targets import framed_requests, helpful_examples
+from nest_rs.targets import TrainingData, framed_requests, helpful_examples, training_data
 from nest_rs.train import Example
 
 if TYPE_CHECKING:
@@ -86,6 +86,16 @@ class Bench:
         return {kind: load_suites([f"nest-{kind}-validation"], self.config.limit) for kind in ("harmful", "benign")}
 
     @cached_property
+    def baseline_data(self) -> TrainingData:
+        """What a method learns from that has no Gauss-Newton step: as many requests, in more steps."""
+        config, data = self.config, self.run.training_data
+        if not config.newton_requests:
+            return data
+        epochs = config.epochs + config.newton_requests / 2 / len(data.harmful)
+        longer = config.model_copy(update={"epochs": epochs, "newton_requests": 0})
+        return training_data(longer, self.run.base, self.base, self.tokenizer, self.run.prompts)
+
+    @cached_property
     def continuations(self) -> dict[str, list[Example]]:
         """The base's own answers to training requests, by kind, of up to 32 tokens; harmful ones it complied with.
 
@@ -99,7 +109,7 @@ class Bench:
                 for item in self.run.prompts
                 if item.split == "train" and (item.kind == "harmful") == (kind == "harmful")
             ]
-            count = min(len(asked), self.run.training_data.count * config.batch_size // 2)
+            count = min(len(asked), self.baseline_data.count * config.batch_size // 2)
             drawn = random.Random(config.seed).sample(asked, count)
             asked = framed_requests(config, self.tokenizer, drawn, room=room)
             answers = decode(
@@ -111,7 +121,7 @@ class Bench:
                 label=f"base on {kind}",
                 states=False,
             )
-            found[kind] = helpful_examples(self.tokenizer, asked, answers, room=room, max_tokens=CONTINUATION)
+            found[kind] = helpful_examples(self.tokenizer, asked, answers, max_tokens=CONTINUATION)
         return found
 
     def copy(self, *, float32: bool = False, folder: Path | None = None) -> PreTrainedModel:

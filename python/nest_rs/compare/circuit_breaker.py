@@ -37,7 +37,7 @@ def break_circuits(bench: Bench, rate: float, share: float = 1.0) -> Tuned:
 
     config, model = bench.config, bench.copy()
     pairs = bench.continuations
-    count = bench.run.training_data.shortened(share).count
+    count = bench.baseline_data.shortened(share).count
     targets = target_layers(model.config.get_text_config().num_hidden_layers)
     torch.manual_seed(config.seed)
     with metered(model.device) as cost, training_attention(model):

@@ -69,7 +69,7 @@ def lora(bench: Bench, rank: int, rate: float, share: float = 1.0) -> Tuned:
     from peft import LoraConfig, get_peft_model
 
     config, model = bench.config, bench.copy()
-    data = bench.run.training_data.shortened(share)
+    data = bench.baseline_data.shortened(share)
     sites = [site.module for site in find_sites(model, config.projections, config.depth)]
     torch.manual_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch, metered(model.device) as cost:
@@ -84,7 +84,7 @@ def lora(bench: Bench, rank: int, rate: float, share: float = 1.0) -> Tuned:
 def full(bench: Bench, rate: float, share: float = 1.0) -> Tuned:
     """Full fine-tuning by the same losses on the same steps; weights in float32, whatever the compute dtype."""
     config = bench.config
-    data = bench.run.training_data.shortened(share)
+    data = bench.baseline_data.shortened(share)
     # In bfloat16 most steps of such rates would be lost to rounding.
     model = bench.copy(float32=True).requires_grad_(True)
     torch.manual_seed(config.seed)

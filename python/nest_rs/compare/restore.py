@@ -132,7 +132,7 @@ def task_examples(bench: Bench, tasks: Path | None) -> list[Example]:
         label="tasks",
         states=False,
     )
-    return helpful_examples(tokenizer, chosen, told, room=context - _TASK_TOKENS, max_tokens=_TASK_TOKENS)
+    return helpful_examples(tokenizer, chosen, told, max_tokens=_TASK_TOKENS)
 
 
 def _fine_tuned(bench: Bench, folder: Path, kind: str, tasks: Path | None) -> Tuned:
