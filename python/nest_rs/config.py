@@ -17,14 +17,14 @@ from nest_rs.neurons import Clustering
 # What a preset changes. `paper` is the recipe of arXiv 2602.16835v1, section 3, as far as it is disclosed.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Three times the steps, and a Gauss-Newton step at the end: what the default leaves out to take minutes.
+    # Five times the gradient steps and a larger Gauss-Newton step: what the default leaves out to take minutes.
     "thorough": {
         "epochs": 1.9,
         "frame_share": 0.4,
         "text_weight": 96.0,
-        "refusal_bias": 1.0,
+        "refusal_bias": 0.5,
         "newton_requests": 2400,
-        "newton_damping": 3.0,
+        "newton_bias": 1.0,
     },
     "paper": {
         "depth": (0.0, 1.0),
@@ -83,7 +83,7 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.48, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(0.35, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
@@ -105,9 +105,10 @@ class TuneConfig(BaseModel):
         0.0, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
     )
     newton_requests: int = Field(
-        0, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
+        1200, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
     )
-    newton_damping: float = Field(1.0, gt=0, description="how little that step may move the deltas")
+    newton_bias: float = Field(0.5, description="logits that this step aims at on top of the refusal bias")
+    newton_damping: float = Field(3.0, gt=0, description="how little that step may move the deltas")
     text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
     frame_share: float = Field(

@@ -104,14 +104,15 @@ def newton_step(
             gradients, odds = _gradients(model, layers, batch, value)
             return gradients, _missing(odds, torch.tensor([refuse for _, refuse in some]), bias)
 
-        found = []
+        # Filled in place: two of it would be the peak of the whole run.
+        jacobian, missing = torch.empty(len(aims), len(scale)), torch.empty(len(aims))
+        done = 0
         while aims:
-            rows, batch_tokens = halving(read, batch_tokens, "tokens at a time")
-            found.append(rows)
-            read_now, aims = aims[: len(rows[1])], aims[len(rows[1]) :]
+            (gradients, lacking), batch_tokens = halving(read, batch_tokens, "tokens at a time")
+            jacobian[done : done + len(lacking)], missing[done : done + len(lacking)] = gradients, lacking
+            done += len(lacking)
+            read_now, aims = aims[: len(lacking)], aims[len(lacking) :]
             progress(sum(len(item.answer) == 1 for item, _ in read_now))
-    jacobian, missing = (torch.cat(parts) for parts in zip(*found, strict=True))
-    del found  # as large as J
     change = _ridge(jacobian.mul_(scale), missing, damping) * scale
     for layer, part in zip(layers, torch.split(change, [_size(layer) for layer in layers]), strict=True):
         moved = part.view(layer.delta.shape).to(layer.delta.device)
