@@ -367,7 +367,7 @@ def test_training_ends_with_a_gauss_newton_step(preset: str, world: World, tmp_p
     settings, default = yaml.safe_load((run / "config.yaml").read_text()), TuneConfig()
     assert settings["epochs"] > default.epochs or preset == "default"
     deltas = []
-    for flags in ([], ["--newton-bias", "2"], ["--newton-requests", "0"]):
+    for flags in ([], ["--newton-damping", "9"], ["--newton-requests", "0"]):
         succeed("train", run, *flags)
         patch = NestPatch.load(run / "patch")
         deltas.append(np.concatenate([np.ravel(change.delta) for change in patch.tensors.values()]))

@@ -22,9 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 1.9,
         "frame_share": 0.4,
         "text_weight": 96.0,
-        "refusal_bias": 0.5,
+        "refusal_bias": 1.0,
         "newton_requests": 2400,
-        "newton_bias": 1.0,
     },
     "paper": {
         "depth": (0.0, 1.0),
@@ -107,7 +106,6 @@ class TuneConfig(BaseModel):
     newton_requests: int = Field(
         1200, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
     )
-    newton_bias: float = Field(0.5, description="logits that this step aims at on top of the refusal bias")
     newton_damping: float = Field(3.0, gt=0, description="how little that step may move the deltas")
     text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")

@@ -260,7 +260,7 @@ class Run:
                     data.steps,
                     data.decisions,
                     damping=config.newton_damping,
-                    bias=config.refusal_bias + config.newton_bias,
+                    bias=config.refusal_bias,
                     whitening=whitening,
                     progress=advance,
                 )
