@@ -359,13 +359,12 @@ def test_the_paper_preset_is_the_published_recipe(world: World, tmp_path: Path) 
     assert {key: settings[key] for key in published} == published
 
 
-@pytest.mark.parametrize("preset", ["default", "thorough"])
-def test_training_ends_with_a_gauss_newton_step(preset: str, world: World, tmp_path: Path) -> None:
+def test_the_thorough_preset_ends_with_a_gauss_newton_step(world: World, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    succeed("probe", *world.common[:3], "--dtype", "float32", "--preset", preset, "--out", run)
+    succeed("probe", *world.common[:3], "--dtype", "float32", "--preset", "thorough", "--out", run)
     succeed("cluster", run)
     settings, default = yaml.safe_load((run / "config.yaml").read_text()), TuneConfig()
-    assert settings["epochs"] > default.epochs or preset == "default"
+    assert settings["epochs"] > default.epochs
     deltas = []
     for flags in ([], ["--newton-damping", "9"], ["--newton-requests", "0"]):
         succeed("train", run, *flags)

@@ -17,7 +17,7 @@ from nest_rs.neurons import Clustering
 # What a preset changes. `paper` is the recipe of arXiv 2602.16835v1, section 3, as far as it is disclosed.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Five times the gradient steps and a larger Gauss-Newton step: what the default leaves out to take minutes.
+    # Four times the steps, and a Gauss-Newton step at the end: what the default leaves out to take minutes.
     "thorough": {
         "epochs": 1.9,
         "frame_share": 0.4,
@@ -82,7 +82,7 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.35, gt=0, description="passes over the harmful requests")
+    epochs: float = Field(0.48, gt=0, description="passes over the harmful requests")
     batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
@@ -104,7 +104,7 @@ class TuneConfig(BaseModel):
         0.0, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
     )
     newton_requests: int = Field(
-        1200, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
+        0, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
     )
     newton_damping: float = Field(3.0, gt=0, description="how little that step may move the deltas")
     text_weight: float = Field(48.0, ge=0, description="weight of the divergence from the base on plain text")
