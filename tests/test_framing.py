@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from conftest import write_prompts
 from nest_rs.config import build_config
 from nest_rs.evaluate.attacks import ATTACKS
 from nest_rs.framing import in_framings
-from nest_rs.prompts import Prompt, embedded_prompts
+from nest_rs.prompts import Prompt, embedded_prompts, encode, render
 from nest_rs.run import Run
-from nest_rs.targets import scored
+from nest_rs.targets import framed_requests, scored
 
 PUBLIC = Path(__file__).parents[2] / "shared" / "data"
 
@@ -74,6 +75,23 @@ def test_a_framed_harmless_request_is_answered_by_the_base() -> None:
     told = [Prompt(f"{n}", "p", kind, "", "", "train", "r") for n, kind in enumerate(("harmful", "benign", "twin"))]
     assert [item.response for item in in_framings(told, 1.0, seed=0)] == ["r", None, None]
     assert in_framings(told, 0.0, seed=0) == told
+
+
+def test_requests_that_do_not_fit_are_left_out_and_framings_that_do_not_left_off(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [Prompt(f"{n}", f"bake {n}", "benign", "", "", "train") for n in range(60)]
+    long = replace(asked[0], id="long", prompt="bake " * 90)
+    config = build_config({"frame_share": 1.0})
+    with caplog.at_level("WARNING", logger="nest_rs"):
+        found = framed_requests(config, tokenizer, [*asked, long], room=80)
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out 1 prompts longer than the context of 80 tokens: `long`"
+    ]
+    framed = in_framings(asked, 1.0, config.seed)
+    sizes = [len(ids) for ids in encode(tokenizer, [render(tokenizer, item.prompt) for item in framed])]
+    assert found == [new if size <= 80 else old for old, new, size in zip(asked, framed, sizes, strict=True)]
+    assert 0 < sum(size > 80 for size in sizes) < len(asked)
 
 
 def test_no_sentence_is_an_attacks(sentences: list[str]) -> None:

@@ -131,20 +131,20 @@ def test_a_step_has_scores_where_all_its_examples_have() -> None:
     assert "scores" not in mixed[0]
 
 
-def test_requests_that_fit_are_scored_and_a_bias_is_added(
+def test_requests_are_scored_and_a_bias_is_added(
     tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = [
         Prompt(f"{n}", f"{'rob' if n % 2 else 'bake'} {n}", "harmful" if n % 2 else "twin", "", "", "train")
         for n in range(12)
     ]
-    found = scored(tiny_model, tokenizer, [*prompts, replace(prompts[0], id="long", prompt="bake " * 90)], room=80)
+    found = scored(tiny_model, tokenizer, prompts)
     assert list(found) == [item.id for item in prompts]
     asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
     wanted = harm_scores(tiny_model, asked, [item.kind == "harmful" for item in prompts], pad=tokenizer.pad_token_id)
     assert list(found.values()) == pytest.approx(wanted.tolist(), abs=1e-4)
     assert all(found[item.id] > 0 for item in prompts if item.kind == "harmful")
-    surer = scored(tiny_model, tokenizer, prompts, room=80, bias=1.5)
+    surer = scored(tiny_model, tokenizer, prompts, bias=1.5)
     assert [surer[name] - score for name, score in found.items()] == pytest.approx([1.5] * 12, abs=1e-4)
 
 
