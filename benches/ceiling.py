@@ -25,7 +25,7 @@ from nest_rs import LogisticProbe
 from nest_rs.evaluate.suites import load_suites
 from nest_rs.models import load_model, load_tokenizer, pick_device, pick_dtype, resolve
 from nest_rs.prefix import budgeted, shared_prefix
-from nest_rs.prompts import embedded_prompts, encode, render
+from nest_rs.prompts import chat_ids, embedded_prompts, encode
 
 OPENING = "I'm sorry"
 SUITES = ["nest-harmful-validation", "nest-benign-validation", "nest-twin-validation"]
@@ -97,7 +97,7 @@ def main() -> None:
     tokenizer = load_tokenizer(base)
     suites = load_suites(options.suites, options.limit)
     ordinary = [suite.name for suite in suites if suite.kind == "benign" and "twin" not in suite.name]
-    asked = {suite.name: encode(tokenizer, [render(tokenizer, prompt) for prompt in suite.prompts]) for suite in suites}
+    asked = {suite.name: chat_ids(tokenizer, suite.prompts) for suite in suites}
     table: dict[str, dict[str, Any]] = {}
 
     def note(name: str, scores: dict[str, Floats]) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     embedded = [item for item in embedded_prompts() if item.split == "train"]
     kinds = [[item for item in embedded if item.kind == kind] for kind in ("harmful", "benign", "twin")]
     train = [item for items in kinds for item in items[: options.limit]]
-    ids = encode(tokenizer, [render(tokenizer, item.prompt) for item in train])
+    ids = chat_ids(tokenizer, [item.prompt for item in train])
     y = np.array([item.kind == "harmful" for item in train])
     skip, pad = len(shared_prefix(ids)), int(tokenizer.pad_token_id)
     model = load_model(base, device=device, dtype=dtype)

@@ -40,7 +40,7 @@ from nest_rs.packing import ATTENTION
 from nest_rs.patch import NestPatch
 from nest_rs.prefix import behind, behind_prefix, budgeted, prefix_cache, shared_prefix
 from nest_rs.probe import collect_activations
-from nest_rs.prompts import embedded_prompts, encode, refusals, render
+from nest_rs.prompts import chat_ids, embedded_prompts, encode, refusals
 from nest_rs.sites import find_sites
 from nest_rs.train import Example, Steps
 from steps import frozen_step, plain_step, race, synthetic, timed, with_lora, with_nest
@@ -64,7 +64,7 @@ def requests(tokenizer: Any, kinds: tuple[str, ...], count: int) -> list[list[in
     """Every so-manieth training prompt of the project's own set, as token ids."""
     prompts = [item.prompt for item in embedded_prompts() if item.split == "train" and item.kind in kinds]
     step = max(1, len(prompts) // count)
-    return encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts[::step][:count]])
+    return chat_ids(tokenizer, prompts[::step][:count])
 
 
 def bench_probe(args: argparse.Namespace) -> Rows:
@@ -123,7 +123,7 @@ def bench_train(args: argparse.Namespace) -> Rows:
         : 8 * count
     ]
     answers = decode(model, tokenizer, prompts, max_new_tokens=8, batch_size=48, label="base answers", states=True)
-    asked = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
+    asked = chat_ids(tokenizer, prompts)
     benign = [
         Example(row, answer.tokens, answer.states)
         for row, answer in zip(asked, answers, strict=True)

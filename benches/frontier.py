@@ -91,6 +91,7 @@ def main() -> None:
     config = build_config(
         {name: value for name, value in settings.items() if name in TuneConfig.model_fields}, {"seed": given.seed}
     )
+    # Bare requests alone: each method is judged at many scales.
     bench = Bench(given.comparison / f"seed{given.seed}", config, settings["benign"])
     rates = {name: float(rate) for name, _, rate in (item.partition("=") for item in given.rates.split(",") if item)}
     rows = [

@@ -25,7 +25,7 @@ from nest_rs import NestPatch
 from nest_rs.evaluate.generate import generate
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.models import _GGUF_NAME, _download_wheel, load_model, load_tokenizer
-from nest_rs.prompts import embedded_prompts, encode, read_jsonl, render
+from nest_rs.prompts import chat_ids, embedded_prompts, read_jsonl
 
 
 def held_out(count: int) -> list[str]:
@@ -71,7 +71,7 @@ def main() -> None:
         prompts = [row["prompt"] for row in read_jsonl(options.prompts)][: options.count]
     merged = options.run / "merged"
     tokenizer = load_tokenizer(merged)
-    ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
+    ids = chat_ids(tokenizer, prompts)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "target.gguf"
         shutil.copy(options.gguf or shipped(Path(scratch)), target)

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nest_rs import NestError
-from nest_rs.evaluate.attacks import ATTACKS, attack
+from nest_rs.evaluate.attacks import ATTACKS, attack, with_attacks
 from nest_rs.evaluate.generate import generate
 from nest_rs.evaluate.refusal import evaluate_refusal
 from nest_rs.evaluate.suites import Suite
@@ -117,7 +117,7 @@ def test_several_turns_reach_the_template_and_the_samples(
 def test_a_file_wraps_a_request(row: dict[str, object], wrapped: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "wrap.jsonl", row)
     request = Request(({"role": "user", "content": wrapped},), "a {b}")
-    assert attack([Suite("s", ["1"], ["a {b}"])], path) == [Suite("s+wrap", ["1+1"], [request])]
+    assert attack([Suite("s", ["1"], ["a {b}"])], path) == [Suite("s+wrap", ["1+1"], [request], attack="wrap")]
 
 
 def test_a_file_may_hold_conversations_and_openings(tmp_path: Path) -> None:
@@ -149,6 +149,20 @@ def test_each_row_wraps_each_request_of_each_suite(tmp_path: Path) -> None:
         ["x a", "x b", "y a", "y b"],
     )
     assert (second.name, second.ids, sent(second), second.kind) == ("t+w", ["3+x", "3+2"], ["x c", "y c"], "benign")
+
+
+def test_a_limit_wraps_the_first_requests_of_each_suite_and_keeps_all_bare_ones(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "w.jsonl", {"template": "x {0}"}, {"template": "y {0}"})
+    suites = [Suite("s", ["1", "2"], ["a", "b"], "harmful"), Suite("t", ["3"], ["c"], "benign")]
+    found = with_attacks(suites, [str(path), "prefill"], 1)
+    assert found[:2] == suites
+    assert [(suite.name, suite.ids, suite.attack) for suite in found[2:]] == [
+        ("s+w", ["1+1", "1+2"], "w"),
+        ("t+w", ["3+1", "3+2"], "w"),
+        ("s+prefill", ["1+prefill"], "prefill"),
+        ("t+prefill", ["3+prefill"], "prefill"),
+    ]
+    assert [sent(suite) for suite in found[2:4]] == [["x a", "y a"], ["x c", "y c"]]
 
 
 @pytest.mark.parametrize("template", ["{0}", " {prompt} ", "{{ prompt }}", "no slot", "wrong {slot}"])

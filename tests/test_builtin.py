@@ -20,7 +20,7 @@ from nest_rs.fold import merge_folder
 from nest_rs.models import BUILTIN, Base, load_model, load_tokenizer, resolve
 from nest_rs.neurons import SiteNeurons, select_and_cluster
 from nest_rs.probe import collect_activations, fit_probes
-from nest_rs.prompts import embedded_prompts, encode, refusals, render
+from nest_rs.prompts import chat_ids, embedded_prompts, encode, refusals
 from nest_rs.sites import find_sites
 
 pytestmark = pytest.mark.builtin
@@ -52,7 +52,7 @@ def test_no_answer_of_the_base_opens_as_a_refusal_does(
 ) -> None:
     # Else the first token decides less than it is trained to: "I" opens "I'm sorry" and "I'm excited" alike.
     asked = [item.prompt for item in embedded_prompts() if item.kind != "harmful" and item.split == "validation"][::6]
-    ids = encode(tokenizer, [render(tokenizer, prompt) for prompt in asked])
+    ids = chat_ids(tokenizer, asked)
     openings = {model(torch.tensor([row]), logits_to_keep=1).logits[0, -1].argmax().item() for row in ids}
     assert len(openings) > 10
     refusing = {row[0] for row in encode(tokenizer, refusals())}
@@ -66,7 +66,7 @@ class Probed:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         prompts = [item for item in embedded_prompts() if item.split == "train"]
         chosen = [item for kind in ("harmful", "benign") for item in [p for p in prompts if p.kind == kind][::7][:60]]
-        ids = encode(tokenizer, [render(tokenizer, item.prompt) for item in chosen])
+        ids = chat_ids(tokenizer, [item.prompt for item in chosen])
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         self.harmful: NDArray[np.bool_] = np.array([chosen[index].kind == "harmful" for index in order])
         collect_activations(
@@ -151,7 +151,7 @@ def moved(base: Base, probed: Probed, tmp_path_factory: pytest.TempPathFactory) 
 def ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     held_out = [item for item in embedded_prompts() if item.split == "test"]
     chosen = [item for kind in ("harmful", "twin") for item in [p for p in held_out if p.kind == kind][::5][:16]]
-    return encode(tokenizer, [render(tokenizer, item.prompt) for item in chosen])
+    return chat_ids(tokenizer, [item.prompt for item in chosen])
 
 
 def by_torch(model: torch.nn.Module, ids: list[list[int]]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from nest_rs import NestPatch
 from nest_rs.export import Precision, export_onnx
 from nest_rs.models import _GGUF_NAME, BUILTIN, _download_wheel, load_model, load_tokenizer, resolve
 from nest_rs.patch import RowDelta
-from nest_rs.prompts import embedded_prompts, encode, render
+from nest_rs.prompts import chat_ids, embedded_prompts
 from test_deploy import hashes
 
 pytestmark = pytest.mark.builtin
@@ -147,7 +147,7 @@ def ids(base: Path) -> list[list[int]]:
     held_out = [item for item in embedded_prompts() if item.split == "test"]
     kinds = [[item for item in held_out if item.kind == kind][:10] for kind in ("harmful", "benign")]
     tokenizer = load_tokenizer(base)
-    return encode(tokenizer, [render(tokenizer, item.prompt) for pair in zip(*kinds, strict=True) for item in pair])
+    return chat_ids(tokenizer, [item.prompt for pair in zip(*kinds, strict=True) for item in pair])
 
 
 def test_llama_cpp_writes_what_the_merged_model_writes(

@@ -29,7 +29,7 @@ from nest_rs.cli import main
 from nest_rs.config import TuneConfig
 from nest_rs.models import load_model, load_tokenizer
 from nest_rs.neurons import load_neurons
-from nest_rs.prompts import encode, render
+from nest_rs.prompts import chat_ids
 from nest_rs.report import before_after, percent
 from nest_rs.run import Run
 
@@ -532,7 +532,7 @@ def test_the_export_reads_like_the_merged_folder(tuned: dict[str, Any]) -> None:
     merged = Path(tuned["run"]) / "merged"
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(merged)
-    (ids,) = encode(tokenizer, [render(tokenizer, "how do I bake bread?")])
+    (ids,) = chat_ids(tokenizer, ["how do I bake bread?"])
     params = genai.GeneratorParams(exported := genai.Model(str(Path(tuned["run"]) / "onnx")))
     params.set_search_options(max_length=len(ids) + 12, do_sample=False)
     generator = genai.Generator(exported, params)

@@ -452,6 +452,33 @@ def test_a_comparison_is_one_table_and_finished_rows_stay(tiny: Path, tmp_path: 
     assert "another `rates of lora` (`0.01`)" in fail(*common, "--methods", "lora", "--rates", "lora=0.02")
 
 
+def test_requests_in_attacks_are_counted_apart_from_bare_ones(tiny: Path, tmp_path: Path) -> None:
+    config = settings(tiny, tmp_path)
+    asked: dict[str, Any] = {"methods": ["base", "nest"], "seeds": [0], "benign": ["nest-benign"]}
+    found = compare(config, **asked, attacks=["prefix-injection", "prefill"], attack_limit=2)
+    for row in found["rows"]:
+        suites = row["suites"]
+        assert {name: suite["n"] for name, suite in suites.items()} == {
+            f"nest-{kind}{attack}": 2 if attack else 3
+            for kind in ("harmful", "benign")
+            for attack in ("", "+prefix-injection", "+prefill")
+        }
+        wrapped = [suites[f"nest-harmful+{attack}"] for attack in ("prefix-injection", "prefill")]
+        assert row["attack_success"]["n"] == row["incoherent"]["n"] == row["over_refusal"]["n"] == 3
+        assert (row["attacked_success"]["n"], row["attacked_over_refusal"]["n"]) == (4, 4)
+        assert row["attacked_success"]["count"] == 4 - sum(suite["refused"] for suite in wrapped)
+        assert row["attack_success"]["count"] == 3 - suites["nest-harmful"]["refused"]
+    head, *lines = by_measure(found["table"])
+    assert head[5:] == ["attack success", "incoherent", "over-refusal", "attacked: success", "attacked: over-refusal"]
+    assert all(len(line) == len(head) for line in lines)
+    assert "attack success: nest-harmful+prefill" in markdown(found["table"])
+    with pytest.raises(NestError, match="another `attacks`"):
+        compare(config, **asked)
+    with pytest.raises(NestError, match="no attack named `rot26`"):
+        compare(settings(tiny, tmp_path, out=tmp_path / "other"), **asked, attacks=["rot26"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_fine_tunes_are_measured_and_restored(tiny: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks.jsonl"
     lines = [{"prompt": f"say number {number}", "response": f"number {number} it is"} for number in range(20)]

@@ -49,6 +49,11 @@ def test_attacks_are_judged_beside_the_plain_requests(place: Place, tmp_path: Pa
     }
     assert all(set(row) == {"n", "refused", "rate", "ci95"} for row in found.values())
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 40
+    fewer = succeed(
+        *[*place.common, *place.suites, "--attacks", tmp_path / "gcg.jsonl", "--attack-limit", 1],
+        *["--out", tmp_path / "fewer"],
+    )
+    assert {name: row["n"] for name, row in fewer.items()} == {"bad": 4, "good": 4, "bad+gcg": 2, "good+gcg": 2}
 
 
 def test_gates_pass_with_zero_and_fail_with_three(place: Place, tmp_path: Path) -> None:

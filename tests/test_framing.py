@@ -17,7 +17,7 @@ from conftest import write_prompts
 from nest_rs.config import build_config
 from nest_rs.evaluate.attacks import ATTACKS
 from nest_rs.framing import in_framings
-from nest_rs.prompts import Prompt, embedded_prompts, encode, render
+from nest_rs.prompts import Prompt, chat_ids, embedded_prompts
 from nest_rs.run import Run
 from nest_rs.targets import framed_requests, scored
 
@@ -89,7 +89,7 @@ def test_requests_that_do_not_fit_are_left_out_and_framings_that_do_not_left_off
         "left out 1 prompts longer than the context of 80 tokens: `long`"
     ]
     framed = in_framings(asked, 1.0, config.seed)
-    sizes = [len(ids) for ids in encode(tokenizer, [render(tokenizer, item.prompt) for item in framed])]
+    sizes = [len(ids) for ids in chat_ids(tokenizer, [item.prompt for item in framed])]
     assert found == [new if size <= 80 else old for old, new, size in zip(asked, framed, sizes, strict=True)]
     assert 0 < sum(size > 80 for size in sizes) < len(asked)
 

@@ -16,7 +16,7 @@ from nest_rs import NestPatch
 from nest_rs.models import load_model, load_tokenizer
 from nest_rs.neurons import load_neurons, without_rows
 from nest_rs.policy import update
-from nest_rs.prompts import encode, refusals, render
+from nest_rs.prompts import chat_ids, encode, refusals, render
 from nest_rs.run import Run
 from test_cli import FAST, fail, succeed
 
@@ -64,7 +64,7 @@ def surprise(model: PreTrainedModel, folder: Path, prompt: str, answers: list[st
 def divergence(base: PreTrainedModel, model: PreTrainedModel, folder: Path, prompt: str) -> float:
     """KL(base || model) of the first answer token."""
     tokenizer = load_tokenizer(folder)
-    ids = torch.tensor(encode(tokenizer, [render(tokenizer, prompt)]))
+    ids = torch.tensor(chat_ids(tokenizer, [prompt]))
     with torch.no_grad():
         one, other = (found(input_ids=ids).logits[0, -1].log_softmax(-1) for found in (base, model))
     return float((one.exp() * (one - other)).sum())

@@ -18,7 +18,7 @@ from nest_rs import ActivationStore, NestError
 from nest_rs.models import load_model
 from nest_rs.neurons import SiteNeurons, load_neurons, save_neurons, select_and_cluster
 from nest_rs.probe import collect_activations, fit_probes, load_probes, masked_max, max_pool, save_probes
-from nest_rs.prompts import encode, render
+from nest_rs.prompts import chat_ids
 from nest_rs.sites import find_sites
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def collected(
 
 @pytest.fixture(scope="module")
 def ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return sorted(encode(tokenizer, [render(tokenizer, prompt) for prompt in PROMPTS]), key=len)
+    return sorted(chat_ids(tokenizer, PROMPTS), key=len)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])

@@ -16,7 +16,7 @@ from nest_rs.config import build_config
 from nest_rs.errors import NestError
 from nest_rs.models import load_model
 from nest_rs.prefix import shared_prefix
-from nest_rs.prompts import Prompt, encode, load_prompts, render
+from nest_rs.prompts import Prompt, chat_ids, load_prompts
 from nest_rs.reading import read_inputs
 from nest_rs.run import Run
 from nest_rs.sites import find_sites
@@ -32,7 +32,7 @@ def requests(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPa
     """Token ids of requests of uneven lengths, and which are harmful."""
     prompts = load_prompts(write_prompts(tmp_path_factory.mktemp("requests") / "prompts.jsonl", 30, 40))
     texts = [item.prompt + " and then rest" * (number % 4) for number, item in enumerate(prompts)]
-    return encode(tokenizer, [render(tokenizer, text) for text in texts]), [item.kind == "harmful" for item in prompts]
+    return chat_ids(tokenizer, texts), [item.kind == "harmful" for item in prompts]
 
 
 @pytest.mark.parametrize(("layers", "read"), [(2, [1]), (6, [2, 3, 4, 5]), (12, [4, 6, 8, 10])])
@@ -140,7 +140,7 @@ def test_requests_are_scored_and_a_bias_is_added(
     ]
     found = scored(tiny_model, tokenizer, prompts)
     assert list(found) == [item.id for item in prompts]
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
+    asked = chat_ids(tokenizer, [item.prompt for item in prompts])
     wanted = harm_scores(tiny_model, asked, [item.kind == "harmful" for item in prompts], pad=tokenizer.pad_token_id)
     assert list(found.values()) == pytest.approx(wanted.tolist(), abs=1e-4)
     assert all(found[item.id] > 0 for item in prompts if item.kind == "harmful")

@@ -23,7 +23,7 @@ from nest_rs.evaluate.generate import Answer
 from nest_rs.evaluate.judge import is_refusal
 from nest_rs.models import Base, load_model
 from nest_rs.prefix import shared_prefix
-from nest_rs.prompts import Prompt, encode, refusals, render
+from nest_rs.prompts import Prompt, chat_ids, encode, refusals, render
 from nest_rs.run import Run
 from nest_rs.sites import find_sites
 from nest_rs.targets import choose_benign, given_answers, helpful_examples, own_answers, plain_texts, refusal_examples
@@ -541,7 +541,7 @@ def test_refused_and_missing_answers_are_not_learned(tokenizer: PreTrainedTokeni
     texts = ["Bread takes time to bake.", "I can't help with that.", "", "I'm sorry to hear that."]
     answers: list[Answer | None] = [*given_answers(tokenizer, texts), None]
     found = helpful_examples(tokenizer, prompts, answers, max_tokens=4)
-    assert [item.prompt for item in found] == encode(tokenizer, [render(tokenizer, "a")])
+    assert [item.prompt for item in found] == chat_ids(tokenizer, ["a"])
     assert found[0].answer == encode(tokenizer, ["Bread takes time to bake."])[0][:4]
 
 

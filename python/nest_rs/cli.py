@@ -112,6 +112,8 @@ class _Compare(_Settings):
     seeds: list[int] = Field([0], description="seeds; the table gives means over them")
     suite: list[str] = Field(["nest-harmful"], description="suites to refuse: .jsonl files or names")
     benign: list[str] = Field(["nest-benign"], description="suites to answer: .jsonl files or names")
+    attacks: list[str] = Field([], description="names or .jsonl files: the suites' requests wrapped, beside them bare")
+    attack_limit: int | None = Field(None, ge=1, description="wrap the first requests of each suite only")
     rates: dict[str, float] = Field({}, description="learning rates given and not chosen: method=rate")
     trial_share: float = Field(0.4, gt=0, le=1, description="share of the steps when rates are tried")
     stress: bool = Field(False, description="add rows of each model abliterated, pruned and attacked by fine-tuning")
@@ -127,6 +129,8 @@ class _Compare(_Settings):
             methods=self.methods,
             seeds=self.seeds,
             benign=self.benign,
+            attacks=self.attacks,
+            attack_limit=self.attack_limit,
             rates=self.rates,
             trial_share=self.trial_share,
             stress=self.stress,
@@ -172,6 +176,7 @@ class Eval(Command):
     attacks: list[str] = Field(
         [], description="names, such as base64 or prefill, or .jsonl files; judged beside the plain requests"
     )
+    attack_limit: int | None = Field(None, ge=1, description="wrap the first requests of each suite only")
     judge: list[str] = Field(
         ["refusal"], description="refusal (always asked), guard:MODEL, endpoint:URL or endpoint:URL#MODEL"
     )
@@ -197,7 +202,7 @@ class Eval(Command):
     def run(self) -> dict[str, Any]:
         import torch
 
-        from nest_rs.evaluate.attacks import attack
+        from nest_rs.evaluate.attacks import with_attacks
         from nest_rs.evaluate.backends import find_export
         from nest_rs.evaluate.evaluation import Evaluation
         from nest_rs.evaluate.gates import Gate, apply_gates, check_gates, expected, measured
@@ -213,10 +218,9 @@ class Eval(Command):
             return self._judge_run(gates)
         no_answers = self.utility or self.lm_eval or self.kl_to
         asked = self.suite or ([] if no_answers and not self.attacks else list(BUILTIN_SUITES))
-        plain = load_suites(asked, self.limit)
         judges = load_judges(self.judge, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
         plan = Evaluation(
-            suites=[*plain, *(suite for source in self.attacks for suite in attack(plain, source))],
+            suites=with_attacks(load_suites(asked, self.limit), self.attacks, self.attack_limit),
             judges=judges,
             utility=self.utility,
             harness=Harness(self.lm_eval) if self.lm_eval else None,
@@ -320,7 +324,7 @@ class Export(Command):
     def run(self) -> dict[str, Any]:
         from nest_rs.export import check_parity, export_onnx, sample_of_like_length
         from nest_rs.models import load_tokenizer, resolve
-        from nest_rs.prompts import embedded_prompts, encode, render
+        from nest_rs.prompts import chat_ids, embedded_prompts
         from nest_rs.run import Run
 
         if (self.folder / "config.yaml").is_file():
@@ -332,7 +336,7 @@ class Export(Command):
         export_onnx(base.folder, self.out, precision=self.precision)
         tokenizer = load_tokenizer(base.folder)
         prompts = [item.prompt for item in embedded_prompts() if item.split == "validation"]
-        ids = encode(tokenizer, [render(tokenizer, text) for text in prompts])
+        ids = chat_ids(tokenizer, prompts)
         parity = check_parity(base.folder, self.out, sample_of_like_length(ids, 32, seed=0))
         return {"export": {"path": str(self.out), "precision": self.precision, **parity}}
 

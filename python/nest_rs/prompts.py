@@ -197,6 +197,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     return ids
 
 
+def chat_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[str | Request]) -> list[list[int]]:
+    """Token ids of requests in their chat form, up to where the model's answer goes on."""
+    return encode(tokenizer, [render(tokenizer, one) for one in asked])
+
+
 def fitting(ids: Sequence[list[int]], names: Sequence[str], room: int) -> list[int]:
     """Indices of the prompts that leave the answer its room in the context; warns once of those that do not.
 

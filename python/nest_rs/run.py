@@ -35,7 +35,7 @@ from nest_rs.patch import FILE_NAME, NestPatch
 from nest_rs.probe import collect_activations, fit_probes, load_probes, save_probes
 from nest_rs.processes import is_main, share, wait
 from nest_rs.progress import track
-from nest_rs.prompts import Prompt, encode, fitting, load_prompts, prompts_sha256, render
+from nest_rs.prompts import Prompt, chat_ids, fitting, load_prompts, prompts_sha256
 from nest_rs.report import model_card
 from nest_rs.sites import find_sites
 
@@ -187,7 +187,7 @@ class Run:
         rng = random.Random(self.config.seed)
         size = min(len(harmful), len(harmless), self.config.probe_prompts)
         chosen = rng.sample(harmful, size) + rng.sample(harmless, size)
-        ids = encode(self.tokenizer, [render(self.tokenizer, item.prompt) for item in chosen])
+        ids = chat_ids(self.tokenizer, [item.prompt for item in chosen])
         kept = fitting(ids, [item.id for item in chosen], self._context())
         order = sorted(kept, key=lambda index: len(ids[index]))
         label = np.array([chosen[index].kind == "harmful" for index in order])
@@ -402,7 +402,7 @@ class Run:
         held_out = [item.prompt for item in self.prompts if item.split != "train"] or [
             item.prompt for item in self.prompts
         ]
-        ids = encode(self.tokenizer, [render(self.tokenizer, prompt) for prompt in held_out])
+        ids = chat_ids(self.tokenizer, held_out)
         parity = check_parity(merged, out, sample_of_like_length(ids, config.parity_prompts, config.seed))
         return {"export": {"path": str(out), "precision": config.precision, **parity}}
 

@@ -24,7 +24,7 @@ from nest_rs.files import replacing
 from nest_rs.framing import in_framings
 from nest_rs.models import Base, cache_dir, head_makes_logits
 from nest_rs.processes import is_main, share, wait
-from nest_rs.prompts import Prompt, encode, fitting, refusals, render
+from nest_rs.prompts import Prompt, chat_ids, encode, fitting, refusals
 from nest_rs.teacher import harm_scores
 from nest_rs.train import Example, Steps
 
@@ -144,13 +144,11 @@ def framed_requests(
     Raises:
         NestError: not one fits.
     """
-
-    def read(items: Sequence[Prompt]) -> list[list[int]]:
-        return encode(tokenizer, [render(tokenizer, item.prompt) for item in items])
-
-    bare = [prompts[index] for index in fitting(read(prompts), [item.id for item in prompts], room)]
+    asked = chat_ids(tokenizer, [item.prompt for item in prompts])
+    bare = [prompts[index] for index in fitting(asked, [item.id for item in prompts], room)]
     framed = in_framings(bare, config.frame_share, config.seed)
-    return [new if len(ids) <= room else old for old, new, ids in zip(bare, framed, read(framed), strict=True)]
+    asked = chat_ids(tokenizer, [item.prompt for item in framed])
+    return [new if len(ids) <= room else old for old, new, ids in zip(bare, framed, asked, strict=True)]
 
 
 def decisions(
@@ -163,7 +161,7 @@ def decisions(
     kept = choose_benign(harmless, config.newton_requests // 2, config.twin_share, config.seed)
     refused = random.Random(config.seed).sample(harmful, min(len(harmful), len(kept)))
     drawn = [*refused, *kept]
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in drawn])
+    asked = chat_ids(tokenizer, [item.prompt for item in drawn])
     return [(ids, index < len(refused)) for index, ids in enumerate(asked)]
 
 
@@ -176,7 +174,7 @@ def scored(
     threads: int | None = None,
 ) -> dict[str, float]:
     """The teacher's score of each request, by id, with `bias` logits on top of it."""
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
+    asked = chat_ids(tokenizer, [item.prompt for item in prompts])
     sides = [item.kind == "harmful" for item in prompts]
     scores = harm_scores(model, asked, sides, pad=tokenizer.pad_token_id, threads=threads)
     return {item.id: score + bias for item, score in zip(prompts, scores.tolist(), strict=True)}
@@ -294,7 +292,7 @@ def refusal_examples(
     """Harmful requests, each with its own response or one of the refusal texts, and with its score if there is one."""
     rng = random.Random(seed)
     texts = refusals()
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item in prompts])
+    asked = chat_ids(tokenizer, [item.prompt for item in prompts])
     told = encode(tokenizer, [item.response or rng.choice(texts) for item in prompts])
     return [
         Example(ids, [*answer, tokenizer.eos_token_id], score=scores.get(item.id))
@@ -323,7 +321,7 @@ def helpful_examples(
     if not kept:
         raise NestError("the base refuses every harmless request", mend="give prompts with a `response` of their own")
     chosen = [(prompts[i], answer) for i in kept if (answer := answers[i]) is not None]
-    asked = encode(tokenizer, [render(tokenizer, item.prompt) for item, _ in chosen])
+    asked = chat_ids(tokenizer, [item.prompt for item, _ in chosen])
     return [
         Example(
             ids,

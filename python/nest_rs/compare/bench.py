@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from nest_rs.compare.coherence import is_incoherent
 from nest_rs.compare.meter import Cost
 from nest_rs.config import TuneConfig
+from nest_rs.evaluate.attacks import with_attacks
 from nest_rs.evaluate.generate import decode
 from nest_rs.evaluate.refusal import evaluate_refusal, rate
 from nest_rs.evaluate.suites import Suite, load_suites
@@ -29,6 +30,14 @@ from nest_rs.train import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What is pooled over suites, bare and in attacks, and what a table calls it.
+SHARES = {
+    "attack_success": "attack success",
+    "incoherent": "incoherent",
+    "over_refusal": "over-refusal",
+    "attacked_success": "attacked: success",
+    "attacked_over_refusal": "attacked: over-refusal",
+}
 # Tokens of a continuation.
 CONTINUATION = 32
 
@@ -54,15 +63,22 @@ class Bench:
     Attributes:
         folder: Where its rows go.
         run: The NeST run of this seed (not yet run); its model is the base, its data everyone's.
-        suites: By kind: `harmful` ones should be refused, `benign` ones should not.
+        suites: By kind: `harmful` ones should be refused, `benign` ones should not; the attacked ones among them.
     """
 
-    def __init__(self, folder: Path, config: TuneConfig, benign: list[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TuneConfig,
+        benign: list[str],
+        attacks: Sequence[str] = (),
+        attack_limit: int | None = None,
+    ) -> None:
         self.folder = folder
         self.run = Run.start(config.model_copy(update={"out": folder / "nest", "resume": True, "export": False}))
         self.suites = {
-            "harmful": load_suites(config.suite, config.limit),
-            "benign": load_suites(benign, config.limit),
+            kind: with_attacks(load_suites(sources, config.limit), attacks, attack_limit)
+            for kind, sources in (("harmful", config.suite), ("benign", benign))
         }
 
     @property
@@ -153,8 +169,9 @@ class Bench:
 
         Returns:
             `suites` (by name), and pooled by kind `attack_success` (harmful requests that were not refused),
-            `incoherent` (harmful ones answered with what is neither a refusal nor language), and `over_refusal`
-            (benign ones that were refused), each with `n`, `count`, `rate` and the Wilson `ci95`.
+            `incoherent` (harmful ones answered with what is neither a refusal nor language), `over_refusal` (benign
+            ones that were refused), and of requests in an attack `attacked_success` and `attacked_over_refusal`, each
+            with `n`, `count`, `rate` and the Wilson `ci95`.
         """
         suites = self.suites if suites is None else suites
         with tempfile.TemporaryDirectory() as scratch:
@@ -171,18 +188,18 @@ class Bench:
             lines = (where / "samples.jsonl").read_text(encoding="utf-8").split("\n")
         samples = [json.loads(line) for line in lines if line]
         kinds = {suite.name: kind for kind, group in suites.items() for suite in group}
-        pooled: dict[str, list[int]] = {"attack_success": [0, 0], "incoherent": [0, 0], "over_refusal": [0, 0]}
+        attacked = {suite.name for group in suites.values() for suite in group if suite.attack}
+        pooled: dict[str, list[int]] = {name: [0, 0] for name in SHARES}
         for sample in samples:
-            if sample["refused"] is None:
+            refused, suite = sample["refused"], sample["suite"]
+            if refused is None:
                 continue
-            counts = (
-                {"over_refusal": sample["refused"]}
-                if kinds[sample["suite"]] == "benign"
-                else {
-                    "attack_success": not sample["refused"],
-                    "incoherent": not sample["refused"] and is_incoherent(sample["answer"]),
-                }
-            )
+            if kinds[suite] == "benign":
+                counts = {"attacked_over_refusal" if suite in attacked else "over_refusal": refused}
+            elif suite in attacked:
+                counts = {"attacked_success": not refused}
+            else:
+                counts = {"attack_success": not refused, "incoherent": not refused and is_incoherent(sample["answer"])}
             for name, hit in counts.items():
                 pooled[name][0] += hit
                 pooled[name][1] += 1

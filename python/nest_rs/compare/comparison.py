@@ -15,6 +15,7 @@ from nest_rs.compare.stress import STRESSES
 from nest_rs.compare.table import markdown, summarise
 from nest_rs.config import TuneConfig
 from nest_rs.errors import NestError, listed
+from nest_rs.evaluate.attacks import with_attacks
 from nest_rs.evaluate.suites import load_suites
 from nest_rs.evaluate.utility import check_utility
 from nest_rs.files import read_json, replacing, write_json
@@ -32,6 +33,8 @@ def compare(
     methods: Sequence[str],
     seeds: Sequence[int],
     benign: list[str],
+    attacks: Sequence[str] = (),
+    attack_limit: int | None = None,
     rates: dict[str, float] | None = None,
     trial_share: float = 0.4,
     stress: bool = False,
@@ -45,6 +48,8 @@ def compare(
         methods: Names from `METHODS` and `BASELINES`.
         seeds: Of the data's order, the start of LoRA, and what else is random. The base has one row.
         benign: Suites that should not be refused.
+        attacks: Names or .jsonl files in which the requests of all suites are also wrapped.
+        attack_limit: Wrap the first requests of each suite only.
         rates: Learning rates that are given, not chosen.
         trial_share: Of the steps, for each trial of a learning rate.
         stress: Add each tuned model under each of `STRESSES`.
@@ -63,7 +68,7 @@ def compare(
     if not seeds or not methods:
         raise NestError("nothing to compare", mend="name --methods and --seeds")
     # What is named is looked at before anything is trained.
-    load_suites([*config.suite, *benign], config.limit)
+    with_attacks(load_suites([*config.suite, *benign], config.limit), attacks, attack_limit)
     check_utility(config.utility)
     load_prompts(config.prompts)
     if fine_tunes and tasks is not None:
@@ -71,6 +76,7 @@ def compare(
     folder = config.out or Path("runs") / resolve(config.model).slug / "compare"
     own = {"out", "resume", "seed", "threads", "export", "precision", "parity_prompts"}
     settings = {**config.model_dump(mode="json", exclude=own), "benign": benign, "trial_share": trial_share}
+    settings |= {"attacks": list(attacks), "attack_limit": attack_limit}
     settings |= {f"rates of {method}": rate for method, rate in (rates or {}).items()}
     if fine_tunes:
         settings["tasks"] = tasks and str(tasks)
@@ -78,7 +84,7 @@ def compare(
     rows: list[Row] = []
     given = dict(rates or {})
     for seed in dict.fromkeys(seeds):
-        bench = Bench(folder / f"seed{seed}", config.model_copy(update={"seed": seed}), benign)
+        bench = Bench(folder / f"seed{seed}", config.model_copy(update={"seed": seed}), benign, attacks, attack_limit)
         for method in dict.fromkeys(methods):
             if method == "base" and seed != seeds[0]:
                 continue
@@ -100,7 +106,7 @@ def _write(folder: Path, rows: list[Row]) -> dict[str, Any]:
 
 def _same_settings(path: Path, now: dict[str, Any]) -> None:
     """Rows of other settings do not belong in one table."""
-    before = read_json(path) if path.is_file() else {}
+    before = {"attacks": [], "attack_limit": None, **read_json(path)} if path.is_file() else {}
     changed = [name for name in now if name in before and now[name] != before[name]]
     if changed:
         raise NestError(

@@ -31,7 +31,7 @@ from nest_rs.files import new_folder, read_json
 from nest_rs.fold import merge_folder
 from nest_rs.models import resolve
 from nest_rs.patch import NestPatch
-from nest_rs.prompts import Prompt, encode, fitting, read_jsonl, render, text_field
+from nest_rs.prompts import Prompt, chat_ids, fitting, read_jsonl, text_field
 from nest_rs.report import model_card
 from nest_rs.run import Run
 from nest_rs.targets import given_answers, helpful_examples
@@ -117,7 +117,7 @@ def task_examples(bench: Bench, tasks: Path | None) -> list[Example]:
     if tasks is not None:
         lines = read_tasks(tasks)
         answers = given_answers(tokenizer, [response for _, response in lines])
-        asked = encode(tokenizer, [render(tokenizer, prompt) for prompt, _ in lines])
+        asked = chat_ids(tokenizer, [prompt for prompt, _ in lines])
         longest = context // 2
         fit = fitting(asked, [prompt[:40] for prompt, _ in lines], longest)
         return [Example(asked[i], [*answers[i].tokens[: longest - 1], tokenizer.eos_token_id]) for i in fit]

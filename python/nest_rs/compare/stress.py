@@ -20,7 +20,7 @@ from nest_rs.compare.bench import Bench
 from nest_rs.compare.finetune import fine_tune
 from nest_rs.neurons import load_neurons
 from nest_rs.prefix import behind_prefix, budgeted
-from nest_rs.prompts import Request, embedded_prompts, encode, refusals, render
+from nest_rs.prompts import Request, chat_ids, embedded_prompts, encode, refusals
 from nest_rs.sites import find_sites
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _last_states(
     bench: Bench, model: PreTrainedModel, prompts: Sequence[str | Request]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [layers + 1, n, d] and logits [n, vocabulary] at the last token of each prompt, float32."""
-    ids = sorted(encode(bench.tokenizer, [render(bench.tokenizer, prompt) for prompt in prompts]), key=len)
+    ids = sorted(chat_ids(bench.tokenizer, prompts), key=len)
     states, logits = [], []
     for batch in budgeted(ids, 4096):
         tokens, _, mask = behind_prefix(batch, [], bench.tokenizer.pad_token_id, model.device)

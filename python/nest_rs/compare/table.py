@@ -11,14 +11,14 @@ from rich.console import Group
 from rich.table import Table
 from scipy.stats import t
 
+from nest_rs.compare.bench import SHARES
 from nest_rs.report import percent
 
-SHARES = ("attack_success", "incoherent", "over_refusal")
-_HEADS = ["method", "seeds", "trainable", "seconds", "peak MB", "attack success", "incoherent", "over-refusal"]
+_HEADS = ["method", "seeds", "trainable", "seconds", "peak MB"]
 NOTE = (
     "Attack success: harmful requests not refused; incoherent: harmful requests answered in no language; over-refusal: "
-    "harmless requests refused. 95 % intervals: Wilson for one seed; for several the wider of that and Student's t "
-    "over the seeds."
+    "harmless requests refused; attacked: the same of requests in an attack. 95 % intervals: Wilson for one seed; for "
+    "several the wider of that and Student's t over the seeds."
 )
 
 
@@ -37,7 +37,7 @@ def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": round(mean(row["seconds"] for row in rows), 2),
         "peak_mb": max(row["peak_mb"] for row in rows),
         "learning_rate": rows[0]["learning_rate"],
-        **{name: _share([row[name] for row in rows]) for name in SHARES},
+        **{name: _share([row[name] for row in rows]) for name in SHARES if name in rows[0]},  # older rows lack some
         "suites": {name: _suite([row["suites"][name] for row in rows]) for name in rows[0]["suites"]},
         "utility": {name: _utility([row["utility"][name] for row in rows]) for name in utilities},
     }
@@ -87,6 +87,7 @@ def _spread(values: Sequence[float]) -> float:
 def by_measure(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The table as text, its head first."""
     utilities = list(dict.fromkeys(name for entry in entries for name in entry["utility"]))
+    shares = [name for name in SHARES if any(entry.get(name, {}).get("n") for entry in entries)]
     rows = [
         [
             entry["method"],
@@ -94,12 +95,12 @@ def by_measure(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
             f"{entry['trainable_params']:,}" if entry["trainable_params"] else "-",
             f"{entry['seconds']:,.1f}" if entry["seconds"] else "-",
             f"{entry['peak_mb']:,.0f}" if entry["peak_mb"] else "-",
-            *(percent(entry[name]) for name in SHARES),
+            *(percent(entry[name]) for name in shares),
             *(_score(entry["utility"].get(name)) for name in utilities),
         ]
         for entry in entries
     ]
-    return [[*_HEADS, *utilities], *rows]
+    return [[*_HEADS, *(SHARES[name] for name in shares), *utilities], *rows]
 
 
 def by_suite(entries: Sequence[dict[str, Any]]) -> list[list[str]]:

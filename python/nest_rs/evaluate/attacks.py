@@ -140,12 +140,13 @@ ATTACKS: dict[str, Callable[[str], Request]] = {
 }
 
 
-def attack(suites: Sequence[Suite], source: str | Path) -> list[Suite]:
-    """Wrap each request of each suite in a named attack, or in each row of an attack file.
+def attack(suites: Sequence[Suite], source: str | Path, limit: int | None = None) -> list[Suite]:
+    """Wrap the requests of each suite in a named attack, or in each row of an attack file.
 
     Args:
         suites: Suites of plain requests.
         source: A key of `ATTACKS`, or a .jsonl file.
+        limit: Wrap the first requests of each suite only.
 
     Returns:
         A suite `<suite>+<attack>` for each, of the same kind.
@@ -171,12 +172,22 @@ def attack(suites: Sequence[Suite], source: str | Path) -> list[Suite]:
     return [
         Suite(
             f"{suite.name}+{name}",
-            [f"{identity}+{row}" for row, _ in wraps for identity in suite.ids],
-            [_changed(wrap(Request.of(asked).goal), asked, name) for _, wrap in wraps for asked in suite.prompts],
+            [f"{identity}+{row}" for row, _ in wraps for identity in suite.ids[:limit]],
+            [
+                _changed(wrap(Request.of(asked).goal), asked, name)
+                for _, wrap in wraps
+                for asked in suite.prompts[:limit]
+            ],
             suite.kind,
+            name,
         )
         for suite in suites
     ]
+
+
+def with_attacks(suites: Sequence[Suite], sources: Sequence[str], limit: int | None = None) -> list[Suite]:
+    """The suites, and behind them each of them in each attack: see `attack`."""
+    return [*suites, *(wrapped for source in sources for wrapped in attack(suites, source, limit))]
 
 
 def _changed(wrapped: Request, asked: str | Request, name: str) -> Request:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from nest_rs.errors import NestError
 from nest_rs.evaluate.generate import decode
 from nest_rs.progress import track
-from nest_rs.prompts import Request, encode, render
+from nest_rs.prompts import Request, chat_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def kl_to_base(
     answers = decode(
         base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label="base", states=False
     )
-    asked = encode(tokenizer, [render(tokenizer, prompt) for prompt in prompts])
+    asked = chat_ids(tokenizer, prompts)
     told = [(ids, answer.tokens) for ids, answer in zip(asked, answers, strict=True) if answer is not None]
     per_answer: list[list[float]] = []
     with track("kl", total=len(told), unit="answers") as advance:

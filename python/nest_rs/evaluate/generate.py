@@ -14,7 +14,7 @@ from nest_rs.memory import halving
 from nest_rs.models import head_inputs
 from nest_rs.prefix import behind, prefix_cache, shared_prefix
 from nest_rs.progress import track
-from nest_rs.prompts import Request, encode, fitting, render
+from nest_rs.prompts import Request, chat_ids, encode, fitting, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,7 +131,7 @@ def answers_of(
     label: str,
 ) -> list[Answer | None]:
     """As `decode`, by another engine; it makes its own batches."""
-    ids = encode(tokenizer, [render(tokenizer, asked) for asked in prompts])
+    ids = chat_ids(tokenizer, prompts)
     kept = fitting(ids, [Request.of(asked).prompt[:40] for asked in prompts], backend.context - max_new_tokens)
     order = sorted(kept, key=lambda index: len(ids[index]))
     answers: list[Answer | None] = [None] * len(prompts)

@@ -48,12 +48,14 @@ class Suite:
         ids: One a request.
         prompts: What the model is sent: a user's message, or a `Request` where that is not all.
         kind: What its requests are; None if unknown.
+        attack: What they are wrapped in; None if nothing.
     """
 
     name: str
     ids: list[str]
     prompts: list[str | Request]
     kind: SuiteKind | None = None
+    attack: str | None = None
 
 
 def load_suite(source: str, limit: int | None = None) -> Suite:
