@@ -54,7 +54,12 @@ def test_the_bench_of_the_engine_runs(part: str, rows: int, tiny: Path) -> None:
 
 def test_the_bench_of_what_states_tell_apart_runs(tiny: Path) -> None:
     found = run("ceiling.py", "--model", tiny, "--tuned", tiny, "--layers", 1, 2, "--limit", 8)
-    assert list(found) == ["last token", "mean", "last token and mean", str(tiny)]
+    assert list(found) == ["last token", "mean", "last token and mean", str(tiny), "together"]
+    suites = [f"nest-{kind}-validation" for kind in ("harmful", "benign", "twin")]
     for rows in found.values():
-        assert list(rows) == ["0.02", "0.05"]
-        assert rows["0.02"]["nest-benign-validation"] == 12.5  # the one of eight above the quantile
+        assert list(rows) == [*suites, "harmful together"]
+        # of eight ordinary requests one lies above the quantile of 2 %, of eight twins two above that of 20 %
+        assert rows["nest-benign-validation"] == 12.5 or rows["nest-twin-validation"] == 25
+        assert rows["nest-benign-validation"] <= 12.5
+        assert rows["nest-twin-validation"] <= 25
+        assert rows["harmful together"] == rows["nest-harmful-validation"]
