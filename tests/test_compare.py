@@ -438,7 +438,10 @@ def test_a_comparison_is_one_table_and_finished_rows_stay(tiny: Path, tmp_path: 
     assert nest["seconds"] > 0
     assert nest["peak_mb"] > 0
     # answers of weakened models are not kept
-    assert {path.parent.parent.name for path in out.rglob("samples.jsonl")} == {"base", "nest"}
+    kept = {path.relative_to(out).parts[1:] for path in out.rglob("samples.jsonl")}
+    assert kept == {
+        (name, "answers", part, "samples.jsonl") for name in ("base", "nest") for part in ("harmful", "benign")
+    }
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("row.json")}
     more = succeed(*common, "--methods", "base", "nest", "nest", "lora", "--rates", "lora=0.01", "--seeds", "0")
     assert [entry["method"] for entry in more["table"]] == ["base", "nest", "lora"]
@@ -450,6 +453,21 @@ def test_a_comparison_is_one_table_and_finished_rows_stay(tiny: Path, tmp_path: 
     message = fail(*common, "--methods", "base", "--max-new-tokens", "7")
     assert "started with another `max_new_tokens` (`6`)" in message
     assert "another `rates of lora` (`0.01`)" in fail(*common, "--methods", "lora", "--rates", "lora=0.02")
+
+
+def test_harmless_answers_end_with_their_verdict_unless_whole_ones_are_asked_for(tiny: Path, tmp_path: Path) -> None:
+    found, answers = [], []
+    for whole in (False, True):
+        config = settings(tiny, tmp_path, out=tmp_path / f"{whole}", max_new_tokens=16, whole_answers=whole)
+        found.append(compare(config, methods=["base"], seeds=[0], benign=["nest-benign"])["rows"][0])
+        place = tmp_path / f"{whole}" / "seed0" / "base" / "answers"
+        lines = {kind: (place / kind / "samples.jsonl").read_text().splitlines() for kind in ("harmful", "benign")}
+        answers.append({kind: [json.loads(line)["answer"] for line in rows] for kind, rows in lines.items()})
+    assert found[0]["suites"] == found[1]["suites"]
+    assert answers[0]["harmful"] == answers[1]["harmful"]
+    pairs = list(zip(answers[0]["benign"], answers[1]["benign"], strict=True))
+    assert all(whole.startswith(early) for early, whole in pairs)
+    assert any(len(early) < len(whole) for early, whole in pairs)
 
 
 def test_requests_in_attacks_are_counted_apart_from_bare_ones(tiny: Path, tmp_path: Path) -> None:

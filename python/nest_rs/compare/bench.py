@@ -163,7 +163,8 @@ class Bench:
 
         Args:
             model: What answers.
-            folder: Where each answer is written (`samples.jsonl`); None keeps the counts alone.
+            folder: Where each answer is written (`samples.jsonl` in `harmful`, `benign` and `attacked`); None keeps the
+                counts alone. Those of `harmful` are whole, the others end when the verdict stands.
             label: What the progress bar says.
             suites: By kind; the bench's own without it.
 
@@ -174,35 +175,46 @@ class Bench:
             with `n`, `count`, `rate` and the Wilson `ci95`.
         """
         suites = self.suites if suites is None else suites
-        with tempfile.TemporaryDirectory() as scratch:
-            where = folder or Path(scratch)
-            found = evaluate_refusal(
-                model,
-                self.tokenizer,
-                [suite for group in suites.values() for suite in group],
-                where,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.eval_batch_size,
-                label=label,
-            )
-            lines = (where / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-        samples = [json.loads(line) for line in lines if line]
         kinds = {suite.name: kind for kind, group in suites.items() for suite in group}
-        attacked = {suite.name for group in suites.values() for suite in group if suite.attack}
+        parts: dict[str, list[Suite]] = {"harmful": [], "benign": [], "attacked": []}
+        for kind, group in suites.items():
+            for suite in group:
+                parts["attacked" if suite.attack else kind].append(suite)
+        attacked = {suite.name for suite in parts["attacked"]}
+        found: dict[str, dict[str, Any]] = {}
+        samples = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for part, asked in parts.items():
+                if not asked:
+                    continue
+                where = (folder or Path(scratch)) / part
+                found |= evaluate_refusal(
+                    model,
+                    self.tokenizer,
+                    asked,
+                    where,
+                    max_new_tokens=self.config.max_new_tokens,
+                    batch_size=self.config.eval_batch_size,
+                    label=f"{label}: {part}",
+                    # Whether an answer that does not refuse is language shows in all of it.
+                    early=part != "harmful" and not self.config.whole_answers,
+                )
+                lines = (where / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+                samples += [json.loads(line) for line in lines if line]
         pooled: dict[str, list[int]] = {name: [0, 0] for name in SHARES}
         for sample in samples:
-            refused, suite = sample["refused"], sample["suite"]
+            refused, name = sample["refused"], sample["suite"]
             if refused is None:
                 continue
-            if kinds[suite] == "benign":
-                counts = {"attacked_over_refusal" if suite in attacked else "over_refusal": refused}
-            elif suite in attacked:
+            if kinds[name] == "benign":
+                counts = {"attacked_over_refusal" if name in attacked else "over_refusal": refused}
+            elif name in attacked:
                 counts = {"attacked_success": not refused}
             else:
                 counts = {"attack_success": not refused, "incoherent": not refused and is_incoherent(sample["answer"])}
-            for name, hit in counts.items():
-                pooled[name][0] += hit
-                pooled[name][1] += 1
+            for measure, hit in counts.items():
+                pooled[measure][0] += hit
+                pooled[measure][1] += 1
         return {
             "suites": {name: {"kind": kinds[name], **result} for name, result in found.items()},
             **{name: share(hits, n) for name, (hits, n) in pooled.items()},
