@@ -56,7 +56,7 @@ def with_nest(model: Any, sites: Sequence[Site], rows: int = 40, clusters: int =
         }
         for site in sites
     }
-    return get_peft_model(model, NestConfig(neurons=neurons, task_type="CAUSAL_LM"))
+    return get_peft_model(model, NestConfig(neurons=neurons, learn_ties=True, task_type="CAUSAL_LM"))
 
 
 def with_lora(model: Any, sites: Sequence[Site], rank: int = 8) -> Any:
@@ -141,6 +141,7 @@ def race(
             steps,
             output_dir=folder,
             learning_rate=1e-3,
+            tie_rate=0.1,
             benign_loss="kl",
             benign_weight=1.0,
             seed=0,

@@ -46,7 +46,7 @@ def main() -> None:
     assert all(isinstance(parameter, DTensor) == (WORLD > 1) for parameter in model.parameters())
     generator = torch.Generator().manual_seed(0)
     root = torch.eye(width) + 0.01 * torch.randn(width, width, generator=generator)
-    optimizer = WhitenedAdamW([(delta, root @ root.T) for delta in deltas], lr=1e-3, weight_decay=0.0)
+    optimizer = WhitenedAdamW(deltas, dict.fromkeys(deltas, root @ root.T), lr=1e-3, weight_decay=0.0)
     rng = random.Random(0)
     examples = [Example([1, *rng.choices(range(30, 90), k=6)], rng.choices(range(30, 90), k=4)) for _ in range(32)]
     steps = Steps(examples[:16], examples[16:], batch_size=8, steps=2, seed=0, pad=0)

@@ -22,7 +22,7 @@ from test_deploy import UP, make_patch, tensors_of
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_merged_by_peft_the_bits_are_the_folds(dtype: torch.dtype, family: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "base", family, dtype)
-    patch = make_patch(folder, base={"id": str(folder), "revision": None})
+    patch = make_patch(folder, ties=False, base={"id": str(folder), "revision": None})
     patch.save(tmp_path / "patch")
     assert main(["apply", str(tmp_path / "patch"), "--to-lora", "-o", str(tmp_path / "adapter")]) == 0
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -39,6 +39,16 @@ def test_merged_by_peft_the_bits_are_the_folds(dtype: torch.dtype, family: str, 
     merged = loaded.merge_and_unload().state_dict()
     for name, weight in tensors_of(tmp_path / "folded").items():
         assert torch.equal(merged[name].view(torch.uint8), weight.view(torch.uint8)), name
+
+
+def test_learned_ties_are_merged_by_peft_within_a_rounding(tiny: Path, tmp_path: Path) -> None:
+    patch = make_patch(tiny, size=0.5)
+    patch.to_lora(tmp_path / "adapter")
+    patch.apply(tiny, out=tmp_path / "folded")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+    merged = loaded.merge_and_unload().state_dict()
+    for name, weight in tensors_of(tmp_path / "folded").items():
+        torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("clusters", "rank"), [(1, 1), (2, 8), (9, 16), (33, 64), (128, 128)])

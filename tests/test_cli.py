@@ -131,7 +131,8 @@ def test_tune_reports_what_it_did(tuned: dict[str, Any], world: World) -> None:
     assert tuned["sites"] == 4
     assert tuned["neurons"] == patch.neurons == sum(len(site.rows) for site in neurons.values()) > 0
     assert tuned["clusters"] == patch.clusters
-    assert tuned["trainable_params"] == 64 * patch.clusters
+    ties = sum(len(site.rows) * site.clusters for site in neurons.values())
+    assert tuned["trainable_params"] == 64 * patch.clusters + ties
     model = load_model(world.model, device=torch.device("cpu"), dtype=torch.float32)
     assert tuned["total_params"] == model.num_parameters()
     for side in ("base", "tuned"):
@@ -182,7 +183,7 @@ def test_the_merged_model_moved_and_holds_the_patch(tuned: dict[str, Any], world
         wanted = values.clone()
         if name in patch.tensors:
             change = patch.tensors[name]
-            wanted[torch.from_numpy(change.rows).long()] += torch.from_numpy(change.delta[change.cluster])
+            wanted[torch.from_numpy(change.rows).long()] += torch.from_numpy(change.moves)
             assert change.delta.any()
         assert torch.equal(after[name], wanted), name
 
@@ -355,6 +356,7 @@ def test_the_paper_preset_is_the_published_recipe(world: World, tmp_path: Path) 
         "text_weight": 0.0,
         "newton_requests": 0,
         "frame_share": 0.0,
+        "tie_rate": 0.0,
     }
     assert {key: settings[key] for key in published} == published
 

@@ -50,9 +50,19 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_patch(
-    folder: Path, names: list[str] | None = None, *, seed: int = 0, size: float = 0.02, first: int = 0, **manifest: Any
+    folder: Path,
+    names: list[str] | None = None,
+    *,
+    seed: int = 0,
+    size: float = 0.02,
+    first: int = 0,
+    ties: bool = True,
+    **manifest: Any,
 ) -> NestPatch:
-    """A sealed patch of seven rows in three clusters a feed-forward matrix, its deltas as large as trained ones."""
+    """A sealed patch of seven rows in three clusters a feed-forward matrix, its deltas as large as trained ones.
+
+    With `ties`, those of the up projections are learned.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, weight in tensors_of(folder).items():
@@ -60,7 +70,8 @@ def make_patch(
             rows = np.sort(rng.choice(np.arange(first, first + 40), 7, replace=False)).astype(np.int32)
             cluster = np.array([0, 2, 1, 0, 1, 2, 0], np.int16)
             delta = rng.normal(0, size, (3, weight.shape[-1])).astype(np.float32)
-            tensors[name] = RowDelta(rows, cluster, delta)
+            tie = np.eye(3, dtype=np.float32)[cluster] + rng.normal(0, 0.5, (7, 3)).astype(np.float32)
+            tensors[name] = RowDelta(rows, cluster, delta, tie=tie if ties and "up_proj" in name else None)
     return NestPatch(tensors, manifest).seal(folder)
 
 
@@ -272,7 +283,7 @@ def test_experts_that_are_one_stack_in_memory_and_many_matrices_on_disk(
     for name, stack in stacks.items():
         change = patch.tensors[name]
         rows = torch.from_numpy(change.rows).long()
-        stack[rows] = (stack[rows].float() + torch.from_numpy(change.delta[change.cluster])).bfloat16()
+        stack[rows] = (stack[rows].float() + torch.from_numpy(change.moves)).bfloat16()
         assert torch.equal(memory.get_parameter(name).flatten(0, 1), stack)
     patch.remove(tmp_path / "moe")
     assert hashes(tmp_path / "moe") == before
@@ -372,7 +383,9 @@ def test_patches_are_compared_and_composed(tiny: Path, base: Path, tmp_path: Pat
     found = one.diff(two)
     assert found[GATE]["rows_here"] == found[GATE]["rows_there"] == 7
     assert found[UP] == {"rows_here": 7, "rows_there": 0, "rows_both": 0, "distance": found[UP]["distance"]}
-    dense = one.tensors[UP].delta[one.tensors[UP].cluster]
+    up = one.tensors[UP]
+    assert up.tie is not None
+    dense = np.stack([sum(tie[c] * up.delta[c] for c in range(3)) for tie in up.tie])
     assert found[UP]["distance"] == pytest.approx(float(np.linalg.norm(dense)), rel=1e-6)
 
     both = one.compose(two, base=base)
@@ -385,6 +398,15 @@ def test_patches_are_compared_and_composed(tiny: Path, base: Path, tmp_path: Pat
     assert hashes(base)["model.safetensors"] == hashes(tmp_path / "at-once")["model.safetensors"]
     with pytest.raises(NestError, match=r"both patches move the row `\d+`"):
         one.compose(make_patch(tiny, seed=3))
+
+
+@pytest.mark.parametrize("ties", [(True, True), (True, False), (False, True)])
+def test_patches_with_learned_ties_are_composed(ties: tuple[bool, bool], base: Path, tmp_path: Path) -> None:
+    one, two = (make_patch(base, seed=1 + i, first=45 * i, ties=learned) for i, learned in enumerate(ties))
+    one.compose(two, base=base).apply(base, out=tmp_path / "at-once")
+    one.apply(base)
+    two.apply(base)
+    assert hashes(base)["model.safetensors"] == hashes(tmp_path / "at-once")["model.safetensors"]
 
 
 def test_patches_of_different_bases_are_not_composed(base: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_rows_are_quantised_again_and_come_off(kind: str, with_base: bool, tiny:
             change = patch.tensors[moved[tensor.name]]
             type_ = GGMLQuantizationType[kind]
             values = weights[moved[tensor.name]].numpy() if with_base else dequantize(old[tensor.name], type_)
-            wanted[change.rows] = quantize(values[change.rows] + change.delta[change.cluster], type_)
+            wanted[change.rows] = quantize(values[change.rows] + change.moves, type_)
             assert 0.9 < report[moved[tensor.name]]["kept"] < 1.1
         assert np.array_equal(np.array(tensor.data), wanted), tensor.name
     patch.remove(gguf, base=base)

@@ -41,13 +41,15 @@ def steps_of(asked: list[Example], texts: list[Example]) -> Steps:
 
 
 def adapted(folder: Path) -> PeftModel:
-    """A tiny model with deltas that are not zero."""
+    """A tiny model with deltas that are not zero, and ties that are not one-hot."""
     model = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
     sites = [f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("gate", "up")]
-    model = get_peft_model(model, NestConfig(neurons=dict.fromkeys(sites, CHOSEN), task_type="CAUSAL_LM"))
+    config = NestConfig(neurons=dict.fromkeys(sites, CHOSEN), learn_ties=True, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
     torch.manual_seed(1)
     for layer in newton._layers(model, None):
         torch.nn.init.normal_(layer.delta, std=0.05)
+        layer.tie += 0.3 * torch.randn_like(layer.tie)
     return model
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nest_rs import NestError, NestPatch
 from nest_rs.fold import merge_folder
 from nest_rs.models import Base, load_model
 from nest_rs.numeric import tensor_sha256
-from nest_rs.patch import FORMAT, RowDelta
+from nest_rs.patch import FORMAT, RowDelta, tied
 from nest_rs.sites import find_sites
 
 CPU = torch.device("cpu")
@@ -74,6 +75,31 @@ def test_a_patch_is_read_back_as_it_was(tiny: Path, tmp_path: Path) -> None:
     assert (again.neurons, again.clusters, again.trainable_params) == (4 * 7, 4 * 3, 4 * 3 * 64)
 
 
+def test_learned_ties_are_read_back_and_belong_to_the_id(tiny: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    fixed = some_patch(tiny)
+    ties = {name: rng.normal(size=(7, 3)).astype(np.float32) for name in fixed.tensors}
+    learned = NestPatch({name: replace(change, tie=ties[name]) for name, change in fixed.tensors.items()})
+    learned.save(tmp_path / "patch.safetensors")
+    again = NestPatch.load(tmp_path / "patch.safetensors")
+    assert again.id == learned.id != fixed.id
+    assert all(np.array_equal(change.tie, ties[name]) for name, change in again.tensors.items())
+    assert again.trainable_params == 4 * (3 * 64 + 7 * 3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_ties_give_the_same_bits_in_numpy_and_torch(k: int) -> None:
+    rng = np.random.default_rng(k)
+    delta, tie = rng.normal(size=(k, 64)).astype(np.float32), rng.normal(size=(9, k)).astype(np.float32)
+    cluster = np.arange(9) % k
+    found = tied(delta, cluster, tie)
+    other = tied(torch.from_numpy(delta), torch.from_numpy(cluster), torch.from_numpy(tie)).numpy()
+    assert found.tobytes() == other.tobytes()
+    assert np.allclose(found, tie @ delta, atol=1e-5)
+    hot = np.eye(k, dtype=np.float32)[cluster]
+    assert np.array_equal(tied(delta, cluster, hot), tied(delta, cluster))
+
+
 def test_a_patch_is_an_ordinary_safetensors_file(tiny: Path, tmp_path: Path) -> None:
     some_patch(tiny, seed=3).save(tmp_path / "patch.safetensors")
     with safe_open(tmp_path / "patch.safetensors", framework="pt") as file:
@@ -108,6 +134,10 @@ def delta(values: Any, dtype: type = np.float32) -> Callable[[Arrays], None]:
     return lambda arrays: arrays.update({f"{UP}.delta": np.array(values, dtype)})
 
 
+def tie(values: Any, dtype: type = np.float32) -> Callable[[Arrays], None]:
+    return lambda arrays: arrays.update({f"{UP}.tie": np.array(values, dtype)})
+
+
 HOSTILE: dict[str, tuple[Callable[[Arrays], Any], str]] = {
     "no rows": (lambda arrays: arrays.pop(f"{UP}.rows"), f"lacks the array `{UP}.rows`"),
     "no cluster": (lambda arrays: arrays.pop(f"{UP}.cluster"), f"lacks the array `{UP}.cluster`"),
@@ -133,6 +163,11 @@ HOSTILE: dict[str, tuple[Callable[[Arrays], Any], str]] = {
     "a vector of deltas": (delta(np.zeros(64)), "inconsistent"),
     "no delta at all": (delta(np.zeros((0, 64))), "inconsistent"),
     "NaN": (delta(np.full((2, 64), np.nan)), "inconsistent"),
+    "ties of 64 bits": (tie(np.zeros((3, 2)), np.float64), "inconsistent"),
+    "ties of too few rows": (tie(np.zeros((2, 2))), "inconsistent"),
+    "ties to too many deltas": (tie(np.zeros((3, 3))), "inconsistent"),
+    "a vector of ties": (tie(np.zeros(3)), "inconsistent"),
+    "a tie that is not finite": (tie(np.full((3, 2), np.inf)), "inconsistent"),
     "infinity": (delta(np.full((2, 64), np.inf)), "inconsistent"),
 }
 
@@ -220,7 +255,7 @@ def test_only_the_rows_of_the_patch_move(dtype: torch.dtype, family: str, shards
         if name in patch.tensors:
             change = patch.tensors[name]
             moved = torch.from_numpy(change.rows).long()
-            wanted[moved] = (values[moved].float() + torch.from_numpy(change.delta[change.cluster])).to(dtype)
+            wanted[moved] = (values[moved].float() + torch.from_numpy(change.moves)).to(dtype)
             assert report[name] == {
                 "sha256_before": sha256(values),
                 "sha256_after": sha256(wanted),
@@ -263,9 +298,7 @@ def test_plain_transformers_loads_the_result(tiny: Path, tmp_path: Path) -> None
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tiny)
     for name, change in patch.tensors.items():
-        model.get_parameter(name).data[torch.from_numpy(change.rows).long()] += torch.from_numpy(
-            change.delta[change.cluster]
-        )
+        model.get_parameter(name).data[torch.from_numpy(change.rows).long()] += torch.from_numpy(change.moves)
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("how do I bake bread", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(merged(ids).logits, model(ids).logits)

@@ -90,10 +90,10 @@ def test_a_category_is_changed_on_rows_of_its_own(change: str, run: Path, tiny: 
         for patch in (first, second):
             if name in patch.tensors:
                 own = patch.tensors[name]
-                rows |= {row: own.delta[label] for row, label in zip(own.rows.tolist(), own.cluster, strict=True)}
+                rows |= dict(zip(own.rows.tolist(), own.moves, strict=True))
         assert moved.rows.tolist() == sorted(rows)  # none is moved by both, or compose had refused
-        for row, label in zip(moved.rows.tolist(), moved.cluster, strict=True):
-            assert np.array_equal(moved.delta[label], rows[row])
+        for row, move in zip(moved.rows.tolist(), moved.moves, strict=True):
+            assert np.array_equal(move, rows[row])
     assert first.neurons + second.neurons == both.neurons
     groups = {"poison": 3, "other harmful": 3, "harmless": 6}
     for when in ("before", "after"):

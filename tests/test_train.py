@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from pathlib import Path
 from statistics import mean, variance
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -64,14 +64,14 @@ def make_steps(seed: int = 0, steps: int = 12, harmful: int = 13, benign: int = 
     return Steps(examples(harmful, 1), examples(benign, 2), batch_size=8, steps=steps, seed=seed, pad=PAD)
 
 
-def peft_model(folder: Path) -> PeftModel:
+def peft_model(folder: Path, learn_ties: bool = False) -> PeftModel:
     model = load_model(folder, device=CPU, dtype=torch.float32)
     neurons = {site.module: {"rows": list(range(0, 40, 2)), "cluster": [0, 1] * 10} for site in find_sites(model)}
-    return get_peft_model(model, NestConfig(neurons=neurons, task_type="CAUSAL_LM"))
+    return get_peft_model(model, NestConfig(neurons=neurons, learn_ties=learn_ties, task_type="CAUSAL_LM"))
 
 
-def deltas(model: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "nest_delta" in name}
+def deltas(model: PeftModel, what: str = "nest_delta") -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if what in name}
 
 
 def test_prompts_are_padded_left_and_answers_start_in_one_column() -> None:
@@ -333,6 +333,7 @@ def train(
     accumulate: int = 1,
     resume: bool = False,
     whitening: dict[str, torch.Tensor] | None = None,
+    tie_rate: float = 0.0,
 ) -> list[dict[str, float]]:
     done = 0
 
@@ -354,6 +355,7 @@ def train(
         accumulate=accumulate,
         resume=resume,
         whitening=whitening,
+        tie_rate=tie_rate,
         progress=progress,
     )
 
@@ -486,7 +488,7 @@ def test_a_whitened_step_is_adam_in_the_whitened_coordinates() -> None:
     a = torch.linalg.inv(x.T @ x / 50 + torch.eye(6))  # symmetric and positive definite
     u = torch.nn.Parameter(torch.randn(2, 6, generator=generator))
     v = torch.nn.Parameter(torch.linalg.solve(a, u.detach().T).T)
-    ours = WhitenedAdamW([(u, a)], lr=0.1, weight_decay=0.0)
+    ours = WhitenedAdamW([u], {u: a}, lr=0.1, weight_decay=0.0)
     plain = torch.optim.AdamW([v], lr=0.1, weight_decay=0.0)
     for _ in range(20):
         for optimizer, delta in ((ours, lambda: u), (plain, lambda: v @ a)):
@@ -511,6 +513,40 @@ def test_a_resumed_whitened_training_gives_the_same_bits(
     for name, values in deltas(unbroken).items():
         assert torch.equal(deltas(resumed)[name], values), name
         assert not torch.equal(deltas(raw)[name], values)
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_ties_take_steps_of_their_own_rate(
+    whitened: bool,
+    tiny: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    whitening: dict[str, torch.Tensor],
+) -> None:
+    how: dict[str, Any] = {"whitening": whitening if whitened else None}
+    moved = {}
+    for rate in (1e-3, 1e-2):
+        model = peft_model(tiny, learn_ties=True)
+        start = deltas(model, "nest_tie")
+        train(model, tokenizer, make_steps(steps=12), tmp_path / str(rate), tie_rate=rate, **how)
+        moved[rate] = max(float((tie - start[name]).abs().max()) for name, tie in deltas(model, "nest_tie").items())
+        # An Adam step is about the rate at most, and the schedule's mean is half its peak.
+        assert 0.2 * rate < moved[rate] < 12 * rate
+    assert 5 < moved[1e-2] / moved[1e-3] < 20
+
+
+def test_a_resumed_training_of_ties_gives_the_same_bits(
+    tiny: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, whitening: dict[str, torch.Tensor]
+) -> None:
+    how: dict[str, Any] = {"whitening": whitening, "tie_rate": 0.05}
+    unbroken, broken, resumed = (peft_model(tiny, learn_ties=True) for _ in range(3))
+    train(unbroken, tokenizer, make_steps(steps=12), tmp_path / "unbroken", **how)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, tokenizer, make_steps(steps=12), tmp_path / "broken", stop_at=8, **how)
+    train(resumed, tokenizer, make_steps(steps=12), tmp_path / "broken", resume=True, **how)
+    for what in ("nest_delta", "nest_tie"):
+        for name, values in deltas(unbroken, what).items():
+            assert torch.equal(deltas(resumed, what)[name], values), name
 
 
 # What is learned.

@@ -53,14 +53,18 @@ def some_neurons(model: PreTrainedModel, seed: int = 0) -> dict[str, dict[str, l
     return chosen
 
 
-def tuned(folder: Path, dtype: torch.dtype = torch.float32, scale: float = 0.5) -> PeftModel:
-    """A model with random deltas."""
+def tuned(folder: Path, dtype: torch.dtype = torch.float32, scale: float = 0.5, learn_ties: bool = False) -> PeftModel:
+    """A model with random deltas, and random ties if they are learned."""
     model = load(folder, dtype)
-    peft = get_peft_model(model, NestConfig(neurons=some_neurons(model), task_type="CAUSAL_LM"))
+    config = NestConfig(neurons=some_neurons(model), learn_ties=learn_ties, task_type="CAUSAL_LM")
+    peft = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft.named_parameters():
         if "nest_delta" in name:
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    for name, parameter in peft.named_parameters():
+        if "nest_tie" in name:
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     return peft.eval()
 
 
@@ -70,9 +74,17 @@ def dense(folder: Path, peft: PeftModel, adapter: str = "default") -> PreTrained
     for name, layer in nest_layers(peft).items():
         weight = model.get_parameter(f"{name}.weight").data
         delta = layer.nest_delta[adapter].detach().float()
-        for row, cluster in zip(layer.nest_rows[adapter].tolist(), layer.nest_cluster[adapter].tolist(), strict=True):
-            weight[row] += delta[cluster]
+        clusters = layer.nest_cluster[adapter].tolist()
+        for index, (row, cluster) in enumerate(zip(layer.nest_rows[adapter].tolist(), clusters, strict=True)):
+            if adapter in layer.nest_tie:
+                first, second, third = layer.nest_tie[adapter].detach()[index]
+                weight[row] += first * delta[0] + second * delta[1] + third * delta[2]
+            else:
+                weight[row] += delta[cluster]
     return model
+
+
+both = pytest.mark.parametrize("learn_ties", [False, True], ids=["fixed", "learned"])
 
 
 def nest_layers(peft: PeftModel) -> dict[str, NestLinear]:
@@ -90,14 +102,16 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_deltas_change_no_bit(folder: Path, dtype: torch.dtype) -> None:
+@both
+def test_zero_deltas_change_no_bit(folder: Path, dtype: torch.dtype, learn_ties: bool) -> None:
     base = load(folder, dtype)
-    peft = get_peft_model(load(folder, dtype), NestConfig(neurons=some_neurons(base)))
+    peft = get_peft_model(load(folder, dtype), NestConfig(neurons=some_neurons(base), learn_ties=learn_ties))
     assert torch.equal(logits(base), logits(peft))
 
 
-def test_the_forward_pass_equals_dense_weights(folder: Path) -> None:
-    peft = tuned(folder)
+@both
+def test_the_forward_pass_equals_dense_weights(folder: Path, learn_ties: bool) -> None:
+    peft = tuned(folder, learn_ties=learn_ties)
     wanted = logits(dense(folder, peft))
     torch.testing.assert_close(logits(peft), wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - logits(load(folder))).abs().max() > 0.1
@@ -114,8 +128,21 @@ def test_only_the_deltas_are_trainable(folder: Path) -> None:
     assert total == trainable + load(folder).num_parameters()
 
 
-def test_gradients_equal_those_of_dense_weights(folder: Path) -> None:
-    peft = tuned(folder)
+def test_learned_ties_begin_as_fixed_ones_and_are_trained(folder: Path) -> None:
+    base = load(folder)
+    peft = get_peft_model(base, NestConfig(neurons=some_neurons(base), learn_ties=True))
+    sites = find_sites(load(folder))
+    assert peft.get_nb_trainable_parameters()[0] == sum(3 * site.d_in + 7 * 3 for site in sites)
+    for layer in nest_layers(peft).values():
+        assert layer.nest_tie["default"].requires_grad
+        assert layer.nest_tie["default"].dtype == torch.float32
+        assert layer.nest_tie["default"].argmax(dim=1).tolist() == layer.nest_cluster["default"].tolist()
+        assert layer.nest_tie["default"].sum() == layer.nest_tie["default"].square().sum() == 7
+
+
+@both
+def test_gradients_equal_those_of_dense_weights(folder: Path, learn_ties: bool) -> None:
+    peft = tuned(folder, learn_ties=learn_ties)
     peft.train()
     peft(input_ids=IDS, labels=IDS).loss.backward()
     model = dense(folder, peft)
@@ -125,15 +152,26 @@ def test_gradients_equal_those_of_dense_weights(folder: Path) -> None:
         found = layer.nest_delta["default"].grad
         assert full is not None
         assert found is not None
+        rows = full[layer.nest_rows["default"]]
         wanted = torch.zeros_like(found)
-        wanted.index_add_(0, layer.nest_cluster["default"], full[layer.nest_rows["default"]])
+        if learn_ties:
+            for index, tie in enumerate(layer.nest_tie["default"].detach()):
+                wanted += tie[:, None] * rows[index]
+            found_tie = layer.nest_tie["default"].grad
+            wanted_tie = torch.stack([(rows * delta).sum(dim=1) for delta in layer.nest_delta["default"].detach()], 1)
+            scale = float(wanted_tie.abs().max())
+            torch.testing.assert_close(found_tie, wanted_tie, atol=1e-6 + 1e-4 * scale, rtol=1e-4)
+            assert scale > 0
+        else:
+            wanted.index_add_(0, layer.nest_cluster["default"], rows)
         torch.testing.assert_close(found, wanted, atol=1e-6 + 1e-4 * float(wanted.abs().max()), rtol=1e-4)
         assert float(wanted.abs().max()) > 0
         assert layer.base_layer.weight.grad is None
 
 
-def test_it_trains_under_bfloat16_autocast(tiny: Path) -> None:
-    peft = tuned(tiny, scale=0.1)
+@both
+def test_it_trains_under_bfloat16_autocast(tiny: Path, learn_ties: bool) -> None:
+    peft = tuned(tiny, scale=0.1, learn_ties=learn_ties)
     exact = logits(peft)
     peft.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -142,11 +180,12 @@ def test_it_trains_under_bfloat16_autocast(tiny: Path) -> None:
     distance = (out.logits.float() - exact).norm() / exact.norm()
     assert 0 < distance < 0.05
     for layer in nest_layers(peft).values():
-        delta = layer.nest_delta["default"]
-        assert delta.dtype == torch.float32
-        assert delta.grad is not None
-        assert torch.isfinite(delta.grad).all()
-        assert delta.grad.abs().max() > 0
+        for learned in (layer.nest_delta, layer.nest_tie) if learn_ties else (layer.nest_delta,):
+            parameter = learned["default"]
+            assert parameter.dtype == torch.float32
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all()
+            assert parameter.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,12 +213,13 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool, tiny: Path)
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_an_adapter_is_saved_and_read_back(folder: Path, tmp_path: Path) -> None:
-    peft = tuned(folder)
+@both
+def test_an_adapter_is_saved_and_read_back(folder: Path, tmp_path: Path, learn_ties: bool) -> None:
+    peft = tuned(folder, learn_ties=learn_ties)
     peft.save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert len(saved) == len(nest_layers(peft))
-    assert {tuple(values.shape) for values in saved.values()} == {(3, 64)}
+    assert len(saved) == len(nest_layers(peft)) * (2 if learn_ties else 1)
+    assert {tuple(values.shape) for values in saved.values()} == ({(3, 64), (7, 3)} if learn_ties else {(3, 64)})
     config = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
     assert isinstance(config, NestConfig)
     assert config.neurons == some_neurons(load(folder))
@@ -209,11 +249,14 @@ def test_a_merged_model_speaks_as_the_tuned_one(folder: Path) -> None:
     assert torch.equal(logits(peft), logits(dense(folder, peft)))
 
 
+@both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_merge_and_unload_gives_the_bits_of_the_file_fold(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_merge_and_unload_gives_the_bits_of_the_file_fold(
+    family: str, dtype: torch.dtype, learn_ties: bool, tmp_path: Path
+) -> None:
     folder = write_tiny_model(tmp_path / "base", family, dtype)
-    peft = tuned(folder, dtype)
+    peft = tuned(folder, dtype, learn_ties=learn_ties)
     merge_folder(Base("base", folder), NestPatch.from_model(peft), tmp_path / "merged", card="")
     folded = load_file(tmp_path / "merged" / "model.safetensors")
     merged = peft.merge_and_unload()
@@ -263,14 +306,16 @@ def test_the_base_looks_untouched_while_the_rows_stand_in_its_weight(tiny: Path)
         assert torch.equal(layer.get_base_layer().weight, base[f"{name}.weight"])
 
 
-def test_what_is_trained_is_what_is_folded_in_bfloat16_too(tiny: Path) -> None:
-    peft = tuned(tiny, torch.bfloat16, scale=0.01)
+@both
+def test_what_is_trained_is_what_is_folded_in_bfloat16_too(tiny: Path, learn_ties: bool) -> None:
+    peft = tuned(tiny, torch.bfloat16, scale=0.01, learn_ties=learn_ties)
     attached = logits(peft)
     assert torch.equal(logits(peft.merge_and_unload()), attached)
 
 
-def test_a_weight_that_cannot_be_written_gives_the_same_outputs_and_gradients(tiny: Path) -> None:
-    written, added = tuned(tiny), tuned(tiny)
+@both
+def test_a_weight_that_cannot_be_written_gives_the_same_outputs_and_gradients(tiny: Path, learn_ties: bool) -> None:
+    written, added = tuned(tiny, learn_ties=learn_ties), tuned(tiny, learn_ties=learn_ties)
     for layer in nest_layers(added).values():
         # as FSDP2 does for the time of a forward pass: another tensor in the weight's place
         layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data.clone(), requires_grad=False)
@@ -278,8 +323,9 @@ def test_a_weight_that_cannot_be_written_gives_the_same_outputs_and_gradients(ti
         peft(input_ids=IDS, labels=IDS).loss.backward()
     torch.testing.assert_close(logits(added), logits(written), atol=1e-5, rtol=1e-5)
     for one, other in zip(nest_layers(written).values(), nest_layers(added).values(), strict=True):
-        found, wanted = other.nest_delta["default"].grad, one.nest_delta["default"].grad
-        torch.testing.assert_close(found, wanted, atol=1e-6 + 1e-4 * float(wanted.abs().max()), rtol=1e-4)
+        for learned in ("nest_delta", "nest_tie") if learn_ties else ("nest_delta",):
+            found, wanted = (getattr(layer, learned)["default"].grad for layer in (other, one))
+            torch.testing.assert_close(found, wanted, atol=1e-6 + 1e-4 * float(wanted.abs().max()), rtol=1e-4)
 
 
 def test_a_merge_that_would_overflow_leaves_the_weight_as_it_was(tiny: Path) -> None:
@@ -385,8 +431,9 @@ def test_a_config_is_built_from_selected_neurons() -> None:
     assert config.target_modules == ["a.up_proj"]
 
 
-def test_a_patch_holds_what_the_model_learned(folder: Path) -> None:
-    peft = tuned(folder)
+@both
+def test_a_patch_holds_what_the_model_learned(folder: Path, learn_ties: bool) -> None:
+    peft = tuned(folder, learn_ties=learn_ties)
     patch = NestPatch.from_model(peft, note="x")
     assert patch.manifest == {"note": "x"}
     for site in find_sites(load(folder)):
@@ -399,6 +446,9 @@ def test_a_patch_holds_what_the_model_learned(folder: Path) -> None:
         ]
         assert np.array_equal(change.delta, layer.nest_delta["default"].detach().numpy())
         assert change.rows.tolist() == layer.nest_rows["default"].tolist()
+        assert (change.tie is not None) == learn_ties
+        if change.tie is not None:
+            assert np.array_equal(change.tie, layer.nest_tie["default"].detach().numpy())
     assert patch.trainable_params == peft.get_nb_trainable_parameters()[0]
 
 
@@ -468,7 +518,8 @@ def test_the_sft_trainer_changes_nothing_but_deltas(
         assert torch.equal(bits(values), bits(state[name])), name
 
 
-def test_a_compiled_graph_gives_the_same_logits(tiny: Path) -> None:
-    peft = tuned(tiny)
+@both
+def test_a_compiled_graph_gives_the_same_logits(tiny: Path, learn_ties: bool) -> None:
+    peft = tuned(tiny, learn_ties=learn_ties)
     compiled = torch.compile(peft, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(peft), atol=1e-5, rtol=1e-5)

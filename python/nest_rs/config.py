@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_weight": 0.0,
         "newton_requests": 0,
         "whiten": None,
+        "tie_rate": 0.0,
         "learning_rate": 1e-2,
         "twin_share": 0.0,
         "frame_share": 0.0,
@@ -86,6 +87,9 @@ class TuneConfig(BaseModel):
     batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
+    tie_rate: float = Field(
+        0.1, ge=0, description="peak rate of the ties, how far a neuron follows each delta of its matrix; 0: one-hot"
+    )
     whiten: float | None = Field(
         3.0, gt=0, description="train in coordinates of unit variance, with this damping; null for raw ones"
     )

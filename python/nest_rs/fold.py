@@ -53,9 +53,7 @@ def merge_folder(base: Base, patch: NestPatch, out: Path, *, card: str, overwrit
                 shutil.copyfile(file, scratch / file.name)
         for shard in shards:
             edits = {
-                name: (change.rows, change.cluster, change.delta)
-                for name, change in patch.tensors.items()
-                if home[name] == shard
+                name: (change.rows, *change.by_row()) for name, change in patch.tensors.items() if home[name] == shard
             }
             try:
                 folded = fold_file(shard, scratch / shard.name, edits)

@@ -41,7 +41,7 @@ class _Layer:
         module: The layer.
         delta: U, [k, d].
         rows: int64 [n].
-        tie: One-hot float32 [n, k].
+        tie: T float32 [n, k], held as it is.
         whitening: A of `nest_rs.whiten`, [d, d]; the step is the least one in V, with U = V A.
     """
 
@@ -146,7 +146,7 @@ def _layers(model: PeftModel, whitening: Mapping[str, torch.Tensor] | None) -> I
         if isinstance(module, NestLinear):
             (adapter,) = module.active_adapters
             a = next((a for path, a in (whitening or {}).items() if f".{name}".endswith(f".{path}")), None)
-            yield _Layer(module, module.nest_delta[adapter], module.nest_rows[adapter], module.nest_tie[adapter], a)
+            yield _Layer(module, module.nest_delta[adapter], module.nest_rows[adapter], module.tie(adapter).detach(), a)
 
 
 def _size(layer: _Layer) -> int:

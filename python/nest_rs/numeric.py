@@ -603,7 +603,7 @@ def fold_file(
         x, dtype = _bits(delta, 2, f"the delta of `{name}`")
         plain[name] = (
             _integers(rows, np.int32, f"rows of `{name}`"),
-            _integers(cluster, np.int16, f"clusters of `{name}`"),
+            _integers(cluster, np.int32, f"clusters of `{name}`"),
             _widen(x, dtype),
         )
     report = _core.fold_file(src, dst, plain)

@@ -11,6 +11,9 @@ For each touched tensor `T` of the checkpoint, with n rows in k clusters and row
 - `T.rows`     int32 [n]       row numbers, ascending; of a stack of expert matrices, numbered through
 - `T.cluster`  int16 [n]       the cluster of each row, from 0
 - `T.delta`    float32 [k, d]  the shared delta of each cluster: new row = round(float32(old row) + delta)
+- `T.tie`      float32 [n, k]  where ties were learned, how far each row follows each delta of its matrix: then
+                               new row = round(float32(old row) + move), move = sum over c of tie[row, c] * delta[c],
+                               every product and sum rounded to float32, in the order of c
 - `T.residual` uint8 [m]       what rounding lost, for taking the delta off to the bit (see below)
 - `T.sketch`   float32 [n, 2]  two sums of each original row under fixed signs, by which a quantised copy is known
 
@@ -70,7 +73,24 @@ _DTYPES = {
     "delta": ("float32", 2),
     "residual": ("uint8", 1),
     "sketch": ("float32", 2),
+    "tie": ("float32", 2),
 }
+
+
+def tied(delta: Any, cluster: Any, tie: Any = None) -> Any:
+    """What each row moves by, [n, d]; of NumPy arrays and torch tensors alike, to the same bits.
+
+    Args:
+        delta: float32 [k, d].
+        cluster: Integers [n], the delta that each row follows.
+        tie: float32 [n, k], how far it follows each; it then takes the place of `cluster`.
+    """
+    if tie is None:
+        return delta[cluster]
+    moved = tie[:, 0, None] * delta[0]
+    for c in range(1, len(delta)):  # a matrix product would leave the order of the sum to a library
+        moved = moved + tie[:, c, None] * delta[c]
+    return moved
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,7 @@ class RowDelta:
         delta: float32 [k, d_in].
         residual: uint8 [m], what rounding loses (module docstring); None before sealing.
         sketch: float32 [n, 2], sums of the original rows; None before sealing.
+        tie: float32 [n, k], how far each row follows each delta; None where it follows its cluster's alone.
     """
 
     rows: NDArray[np.int32]
@@ -90,6 +111,25 @@ class RowDelta:
     delta: NDArray[np.float32]
     residual: NDArray[np.uint8] | None = None
     sketch: NDArray[np.float32] | None = None
+    tie: NDArray[np.float32] | None = None
+
+    @property
+    def moves(self) -> NDArray[np.float32]:
+        """What each row moves by, float32 [n, d_in]."""
+        with np.errstate(over="ignore"):  # the fold says which row would not be finite
+            moved: NDArray[np.float32] = tied(self.delta, self.cluster, self.tie)
+        return moved
+
+    def by_row(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The change as the core takes it: of each row the index of its move, int32 [n], and the moves [m, d_in]."""
+        if self.tie is None:
+            return self.cluster.astype(np.int32), self.delta
+        return np.arange(len(self.rows), dtype=np.int32), self.moves
+
+    @property
+    def trained(self) -> int:
+        """Numbers that were trained."""
+        return self.delta.size + (0 if self.tie is None else self.tie.size)
 
     def arrays(self, name: str) -> dict[str, NDArray[Any]]:
         """The arrays of the file for tensor `name`."""
@@ -113,8 +153,8 @@ class NestPatch:
 
     @property
     def trainable_params(self) -> int:
-        """Numbers that were trained: clusters times row width, summed."""
-        return sum(change.delta.size for change in self.tensors.values())
+        """Numbers that were trained: clusters times row width, and rows times clusters where ties were learned."""
+        return sum(change.trained for change in self.tensors.values())
 
     @property
     def neurons(self) -> int:
@@ -155,6 +195,7 @@ class NestPatch:
                     layer.nest_rows[adapter].cpu().numpy().astype(np.int32),
                     layer.nest_cluster[adapter].cpu().numpy().astype(np.int16),
                     layer.nest_delta[adapter].detach().float().cpu().numpy(),
+                    tie=layer.nest_tie[adapter].detach().float().cpu().numpy() if adapter in layer.nest_tie else None,
                 )
         return cls(tensors, dict(manifest))
 
@@ -261,8 +302,8 @@ class NestPatch:
         out: dict[str, dict[str, Any]] = {}
         for name in sorted(self.tensors.keys() | other.tensors.keys()):
             here, there = self.tensors.get(name), other.tensors.get(name)
-            mine = {} if here is None else dict(zip(here.rows.tolist(), here.delta[here.cluster], strict=True))
-            theirs = {} if there is None else dict(zip(there.rows.tolist(), there.delta[there.cluster], strict=True))
+            mine = {} if here is None else dict(zip(here.rows.tolist(), here.moves, strict=True))
+            theirs = {} if there is None else dict(zip(there.rows.tolist(), there.moves, strict=True))
             widths = {change.delta.shape[1] for change in (here, there) if change is not None}
             if len(widths) > 1:
                 raise NestError(f"the patches disagree on the width of `{name}`", mend="are they for the same base?")
@@ -309,11 +350,29 @@ class NestPatch:
                 raise NestError(f"the patches disagree on the width of `{name}`", mend="are they for the same base?")
             order = np.argsort(rows := np.concatenate([mine.rows, change.rows]))
             cluster = np.concatenate([mine.cluster, change.cluster + np.int16(len(mine.delta))])
-            tensors[name] = RowDelta(rows[order], cluster[order], np.concatenate([mine.delta, change.delta]))
+            tie = _side_by_side(mine, change)
+            tensors[name] = RowDelta(
+                rows[order],
+                cluster[order],
+                np.concatenate([mine.delta, change.delta]),
+                tie=None if tie is None else tie[order],
+            )
         tensors = {name: replace(change, residual=None, sketch=None) for name, change in tensors.items()}
         manifest = {"base": self.manifest.get("base"), "composed": [self.id, other.id]}
         both = NestPatch(dict(sorted(tensors.items())), manifest)
         return both.seal(base) if base is not None else both
+
+
+def _side_by_side(one: RowDelta, other: RowDelta) -> NDArray[np.float32] | None:
+    """The ties of two changes that share no row, [n + n', k + k']; None where neither has any."""
+    if one.tie is None and other.tie is None:
+        return None
+    first, second = (
+        np.eye(len(change.delta), dtype=np.float32)[change.cluster] if change.tie is None else change.tie
+        for change in (one, other)
+    )
+    apart = np.zeros((len(first), second.shape[1]), np.float32), np.zeros((len(second), first.shape[1]), np.float32)
+    return np.block([[first, apart[0]], [apart[1], second]])
 
 
 def _canonical(value: dict[str, Any]) -> bytes:
@@ -379,6 +438,7 @@ def _check(arrays: Mapping[str, NDArray[Any]], path: Path | str) -> dict[str, Ro
             and cluster.max() < len(delta)
             and delta.shape[1] > 0
             and bool(np.isfinite(delta).all())
+            and (change.tie is None or (change.tie.shape == (len(rows), len(delta)) and np.isfinite(change.tie).all()))
             and (change.residual is None) == (change.sketch is None)
             and (change.sketch is None or (change.sketch.shape == (len(rows), 2) and np.isfinite(change.sketch).all()))
         )

@@ -121,7 +121,7 @@ def _patched(run: Run, patch: NestPatch) -> PreTrainedModel:
     for name, change in patch.tensors.items():
         weight = model.get_submodule(name.removesuffix(".weight")).weight.data
         rows = torch.from_numpy(change.rows).long().to(weight.device)
-        delta = torch.from_numpy(change.delta[change.cluster]).to(weight.device)
+        delta = torch.from_numpy(change.moves).to(weight.device)
         weight[rows] = (weight[rows].float() + delta).to(weight.dtype)
     return model
 

@@ -250,7 +250,11 @@ class Run:
         data = self.training_data
         whitening = self._whitening(list(neurons), data) if config.whiten else None
         torch.manual_seed(config.seed)
-        model: PeftModel = get_peft_model(self.model, NestConfig.from_neurons(neurons, task_type="CAUSAL_LM"))
+        # A neuron with a delta of its own has nothing to tie it to.
+        learn_ties = config.tie_rate > 0 and config.clustering != "strong"
+        model: PeftModel = get_peft_model(
+            self.model, NestConfig.from_neurons(neurons, learn_ties=learn_ties, task_type="CAUSAL_LM")
+        )
         checkpoints = self.folder / "train"
         losses = self.fit(model, data, checkpoints, learning_rate=config.learning_rate, whitening=whitening)
         if data.decisions:
@@ -311,6 +315,7 @@ class Run:
                     parts.steps,
                     output_dir=str(checkpoints),
                     learning_rate=learning_rate,
+                    tie_rate=config.tie_rate,
                     benign_loss=config.benign_loss,
                     benign_weight=config.benign_weight,
                     accumulate=parts.parts,

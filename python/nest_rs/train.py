@@ -358,6 +358,7 @@ def train_deltas(
     *,
     output_dir: str,
     learning_rate: float,
+    tie_rate: float = 0.0,
     benign_loss: Literal["kl", "sft"],
     benign_weight: float,
     seed: int,
@@ -381,6 +382,7 @@ def train_deltas(
         steps: What to train on; each item is one step, or one of the parts of a step.
         output_dir: Where the trainer may write checkpoints.
         learning_rate: AdamW's peak rate (cosine to zero, 5 % warm-up).
+        tie_rate: That of the ties, where they are learned.
         benign_loss: `kl` holds harmless answers to the base's distribution; `sft` is the paper's plain LM loss.
         benign_weight: Weight of the harmless term.
         seed: Seed of the trainer; the order of the data is the steps' own.
@@ -433,15 +435,24 @@ def train_deltas(
             return 0  # the count, which nobody reads, takes longer than the optimizer's step
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-            if whitening is None:
-                plain: torch.optim.Optimizer = super().create_optimizer(model)
-                return plain
-            pairs = [
-                (parameter, next(a for module, a in whitening.items() if f".{module}.nest_" in f".{name}"))
+            trained = {
+                name: parameter
                 for name, parameter in (self.model if model is None else model).named_parameters()
                 if parameter.requires_grad
-            ]
-            optimizer = WhitenedAdamW(pairs, lr=learning_rate, weight_decay=0.0)
+            }
+            ties = [parameter for name, parameter in trained.items() if ".nest_tie." in name]
+            if whitening is None and not ties:
+                plain: torch.optim.Optimizer = super().create_optimizer(model)
+                return plain
+            deltas = {name: parameter for name, parameter in trained.items() if ".nest_tie." not in name}
+            groups: list[dict[str, Any]] = [{"params": list(deltas.values())}, {"params": ties, "lr": tie_rate}]
+            whitened = {
+                parameter: a
+                for name, parameter in deltas.items()
+                for module, a in (whitening or {}).items()
+                if f".{module}.nest_" in f".{name}"
+            }
+            optimizer = WhitenedAdamW(groups if ties else groups[:1], whitened, lr=learning_rate, weight_decay=0.0)
             self.optimizer = optimizer
             return optimizer
 

@@ -1,7 +1,9 @@
 """The PEFT tuner: one trainable delta a cluster of neurons, everything else frozen (paper section 3.5).
 
 For a projection W [d_out, d_in] with selected rows i and their clusters c(i), the tuned projection is
-W'[i, :] = W[i, :] + U[c(i), :], U [k, d_in] zero at the start. Importing this module teaches PEFT the type "NEST".
+W'[i, :] = W[i, :] + U[c(i), :], U [k, d_in] zero at the start. Beyond the paper, the ties may be learned too:
+W'[i, :] = W[i, :] + sum over c of T[i, c] U[c, :], T [rows, k] one-hot at the start. Importing this module teaches PEFT
+the type "NEST".
 
 While an adapter is active the moved rows stand in the weight itself: the forward pass is the base layer's, what is
 trained is what will ship, rounding included, and only the backward pass does more than the frozen model's. A weight
@@ -21,6 +23,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 from torch.nn import functional
 
+from nest_rs.patch import tied
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -36,6 +40,8 @@ class NestConfig(PeftConfig):  # type: ignore[misc]  # peft ships no type marker
     Attributes:
         neurons: For each module path, `rows` (distinct row numbers of its weight) and `cluster` (as long as `rows`;
             the cluster of each row, from 0, none empty).
+        learn_ties: Whether each row learns how far it follows each delta of its matrix; otherwise it follows its
+            cluster's alone.
         target_modules: Filled from `neurons`.
 
     Raises:
@@ -43,6 +49,7 @@ class NestConfig(PeftConfig):  # type: ignore[misc]  # peft ships no type marker
     """
 
     neurons: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    learn_ties: bool = False
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -68,25 +75,26 @@ class NestConfig(PeftConfig):  # type: ignore[misc]  # peft ships no type marker
 
 
 class _TiedGradient(torch.autograd.Function):
-    """Passes a layer's output through, and in the backward pass gives the deltas behind it their gradient.
+    """Passes a layer's output through, and in the backward pass gives the deltas and ties behind it their gradient.
 
-    dL/dU[c, :] = sum over the rows i of cluster c of dL/dW[i, :], gathered k columns wide.
+    With G = dL/dW of the moved rows, [rows, d_in]: dL/dU = T^T G and dL/dT = G U^T.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, x: torch.Tensor, _delta: torch.Tensor, rows: torch.Tensor, tie: Any
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, rows: torch.Tensor, tie: torch.Tensor
     ) -> Any:
-        ctx.save_for_backward(x, rows, tie)
+        ctx.save_for_backward(x, rows, tie, delta)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
-        x, rows, tie = ctx.saved_tensors
+        x, rows, tie, delta = ctx.saved_tensors
         moved = gradient.flatten(0, -2).T[rows]  # [rows, tokens]
-        by_row = moved @ x.flatten(0, -2).to(moved.dtype)
-        return gradient, None, tie.T @ by_row.to(tie.dtype), None, None
+        by_row = (moved @ x.flatten(0, -2).to(moved.dtype)).to(tie.dtype)
+        of_tie = by_row @ delta.to(tie.dtype).T if ctx.needs_input_grad[4] else None
+        return gradient, None, tie.T @ by_row, None, of_tie
 
 
 class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -98,20 +106,30 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         nest_rows: Any
         nest_cluster: Any
         nest_tie: Any
+        nest_fixed_tie: Any
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
         set_adapter: Callable[..., None]
         _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
-    adapter_layer_names = ("nest_delta",)
-    other_param_names = ("nest_rows", "nest_cluster", "nest_tie")
+    adapter_layer_names = ("nest_delta", "nest_tie")
+    other_param_names = ("nest_rows", "nest_cluster", "nest_fixed_tie")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, rows: list[int], cluster: list[int], **_: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        rows: list[int],
+        cluster: list[int],
+        learn_ties: bool = False,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.nest_delta = nn.ParameterDict({})
+        self.nest_tie = nn.ParameterDict({})
         self.nest_rows = BufferDict({}, persistent=False)
         self.nest_cluster = BufferDict({}, persistent=False)
-        self.nest_tie = BufferDict({}, persistent=False)
+        self.nest_fixed_tie = BufferDict({}, persistent=False)
         self.merged_adapters = []
         self._original_rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._disable_adapters = False
@@ -122,7 +140,7 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             weight.nest_writable = True  # type: ignore[attr-defined]
         # What is saved, and what `get_base_layer` hands out, is the base.
         self.register_state_dict_pre_hook(lambda module, *_: module._restore_active())  # type: ignore[no-untyped-call]
-        self.update_layer(adapter_name, rows, cluster)
+        self.update_layer(adapter_name, rows, cluster, learn_ties)
 
     @property
     def _weight(self) -> torch.Tensor:
@@ -136,7 +154,12 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return layer
 
     def update_layer(
-        self, adapter_name: str, rows: list[int], cluster: list[int], inference_mode: bool = False
+        self,
+        adapter_name: str,
+        rows: list[int],
+        cluster: list[int],
+        learn_ties: bool = False,
+        inference_mode: bool = False,
     ) -> None:
         """Add an adapter: k zero deltas for the given rows."""
         base = self.get_base_layer()
@@ -145,7 +168,11 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.nest_delta[adapter_name] = nn.Parameter(torch.zeros(max(cluster) + 1, base.in_features))
         self.nest_rows[adapter_name] = torch.tensor(rows, dtype=torch.long)
         self.nest_cluster[adapter_name] = torch.tensor(cluster, dtype=torch.long)
-        self.nest_tie[adapter_name] = functional.one_hot(self.nest_cluster[adapter_name]).float()
+        tie = functional.one_hot(self.nest_cluster[adapter_name]).float()
+        if learn_ties:
+            self.nest_tie[adapter_name] = nn.Parameter(tie)
+        else:
+            self.nest_fixed_tie[adapter_name] = tie
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -169,8 +196,20 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in adapters:
             delta = self.nest_delta[adapter]
             if torch.is_grad_enabled() and delta.requires_grad:
-                output = _TiedGradient.apply(output, x, delta, self.nest_rows[adapter], self.nest_tie[adapter])
+                output = _TiedGradient.apply(output, x, delta, self.nest_rows[adapter], self.tie(adapter))
         return output
+
+    def tie(self, adapter: str) -> torch.Tensor:
+        """How far each row follows each delta, T [rows, k]; one-hot where ties are not learned."""
+        ties = self.nest_tie if adapter in self.nest_tie else self.nest_fixed_tie
+        tie: torch.Tensor = ties[adapter]
+        return tie
+
+    def row_deltas(self, adapter: str) -> torch.Tensor:
+        """What each row moves by, [rows, d_in] float32."""
+        learned = self.nest_tie[adapter].detach().float() if adapter in self.nest_tie else None
+        moved: torch.Tensor = tied(self.nest_delta[adapter].detach().float(), self.nest_cluster[adapter], learned)
+        return moved
 
     def _is_writable(self) -> bool:
         weight = self._weight
@@ -184,7 +223,10 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in adapters:
             delta = self.nest_delta[adapter]
             moved = functional.linear(self._cast_input_dtype(x, delta.dtype), delta)
-            shared = moved.to(output.dtype).index_select(-1, self.nest_cluster[adapter])
+            if adapter in self.nest_tie:
+                shared = functional.linear(moved, self.nest_tie[adapter].to(moved.dtype)).to(output.dtype)
+            else:
+                shared = moved.to(output.dtype).index_select(-1, self.nest_cluster[adapter])
             output.index_add_(-1, self.nest_rows[adapter], shared)
         return output
 
@@ -195,8 +237,7 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             # Subtracting would not give back the bits (rounding), so the rows themselves are kept.
             self._original_rows.append((rows, weight[rows]))
         original = self._original_rows[-1][1]
-        delta = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
-        weight.index_copy_(0, rows, (original.float() + delta).to(weight.dtype))
+        weight.index_copy_(0, rows, (original.float() + self.row_deltas(adapter)).to(weight.dtype))
 
     def _is_alone(self, adapter: str) -> bool:
         """Whether this adapter's rows, and no others, are moved."""
@@ -216,7 +257,7 @@ class NestLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The dense change of the weight, [d_out, d_in] float32; zero but for the adapter's rows."""
         weight = self._weight
         dense = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        dense[self.nest_rows[adapter]] = self.nest_delta[adapter].detach().float()[self.nest_cluster[adapter]]
+        dense[self.nest_rows[adapter]] = self.row_deltas(adapter)
         return dense
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -265,11 +306,13 @@ class NestModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         chosen = peft_config.neurons[current_key]
         if isinstance(target, NestLinear):
-            target.update_layer(adapter_name, **chosen, inference_mode=peft_config.inference_mode)
+            target.update_layer(
+                adapter_name, **chosen, learn_ties=peft_config.learn_ties, inference_mode=peft_config.inference_mode
+            )
             return
         if not isinstance(target, nn.Linear):
             raise TypeError(f"`{current_key}` is a `{type(target).__name__}`; NEST moves rows of linear layers only")
-        layer = NestLinear(target, adapter_name, **chosen)
+        layer = NestLinear(target, adapter_name, **chosen, learn_ties=peft_config.learn_ties)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -8,7 +8,7 @@ prompts' own tokens. What is trained, stored and folded is still U. The paper st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,17 +70,22 @@ def _inverse_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 class WhitenedAdamW(torch.optim.AdamW):
-    """AdamW on V for parameters U = V A.
+    """AdamW on V for parameters U = V A, and on other parameters as they are.
 
     Args:
-        whitened: Each parameter U [k, d] with its A [d, d], symmetric and positive definite.
+        params: As for `torch.optim.AdamW`.
+        whitened: Those parameters U [k, d] that have an A [d, d], symmetric and positive definite.
         kwargs: As for `torch.optim.AdamW`.
     """
 
-    def __init__(self, whitened: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], **kwargs: Any) -> None:
-        pairs = list(whitened)
-        super().__init__([parameter for parameter, _ in pairs], **kwargs)
-        self._whitening = dict(pairs)
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
+        whitened: Mapping[torch.nn.Parameter, torch.Tensor],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, **kwargs)
+        self._whitening = dict(whitened)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -31,7 +31,7 @@ pub struct Edit {
     /// The rows to change, each once.
     pub rows: Vec<i32>,
     /// The cluster of each of them.
-    pub cluster: Vec<i16>,
+    pub cluster: Vec<i32>,
     /// One row a cluster, row-major `[k, d_in]`.
     pub delta: Vec<f32>,
     /// The number of clusters.

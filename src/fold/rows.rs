@@ -26,7 +26,7 @@ pub struct Rows<'a> {
     /// Elements a row.
     pub width: usize,
     /// The cluster of each row.
-    pub cluster: &'a [i16],
+    pub cluster: &'a [i32],
     /// One row a cluster, row-major `[k, width]`.
     pub delta: &'a [f32],
 }

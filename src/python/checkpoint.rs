@@ -12,7 +12,7 @@ use crate::fold::{self, Edit};
 /// rows, cluster, delta
 type PyEdit<'py> = (
     PyReadonlyArray1<'py, i32>,
-    PyReadonlyArray1<'py, i16>,
+    PyReadonlyArray1<'py, i32>,
     PyReadonlyArrayDyn<'py, f32>,
 );
 

@@ -32,7 +32,7 @@ fn place((file, item, stride, count, offsets): PyPlace) -> Place {
 struct RowEdit {
     dtype: Dtype,
     width: usize,
-    cluster: Vec<i16>,
+    cluster: Vec<i32>,
     delta: Vec<f32>,
 }
 
@@ -58,7 +58,7 @@ impl RowEdit {
     #[new]
     fn new(
         dtype: &str,
-        cluster: PyReadonlyArray1<'_, i16>,
+        cluster: PyReadonlyArray1<'_, i32>,
         delta: PyReadonlyArray2<'_, f32>,
     ) -> PyResult<Self> {
         Ok(RowEdit {

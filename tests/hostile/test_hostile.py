@@ -56,8 +56,8 @@ def in_manifest(change: Callable[[dict[str, Any]], Any], *, sign: bool = False) 
         if sign:
             arrays = load_arrays(patch)
             names = {name.rpartition(".")[0] for name in arrays}
-            parts = ("rows", "cluster", "delta", "residual", "sketch")
-            tensors = {name: RowDelta(*(arrays[f"{name}.{part}"] for part in parts)) for name in names}
+            parts = ("rows", "cluster", "delta", "residual", "sketch", "tie")
+            tensors = {name: RowDelta(*(arrays.get(f"{name}.{part}") for part in parts)) for name in names}
             manifest["sha256"] = NestPatch(
                 tensors, {key: value for key, value in manifest.items() if key not in ("sha256", "format")}
             ).id
@@ -75,7 +75,7 @@ def in_arrays(name: str, change: Callable[[np.ndarray[Any, Any]], Any]) -> Spoil
         delta = good.tensors[UP]
         array = getattr(delta, name).copy()
         changed = change(array)
-        parts = {key: getattr(delta, key) for key in ("rows", "cluster", "delta", "residual", "sketch")}
+        parts = {key: getattr(delta, key) for key in ("rows", "cluster", "delta", "residual", "sketch", "tie")}
         good.tensors[UP] = RowDelta(**{**parts, name: array if changed is None else changed})
         good.save(patch)
 
@@ -168,7 +168,7 @@ def half_patched(patch: Path, target: Path) -> None:
     good = NestPatch.load(patch)
     weights = load_file(target / "model.safetensors")
     change = good.tensors[UP]
-    weights[UP][torch.from_numpy(change.rows).long()] += torch.from_numpy(change.delta[change.cluster])
+    weights[UP][torch.from_numpy(change.rows).long()] += torch.from_numpy(change.moves)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
 

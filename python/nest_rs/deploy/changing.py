@@ -65,7 +65,7 @@ def apply(
             continue
         with one_line():
             if found.rows is None:
-                values = found.values + change.delta[change.cluster]
+                values = found.values + change.moves
             else:
                 new = work.edit(name).fold(found.rows)
                 if sha256(new) != seal["rows_sha256_after"]:
@@ -81,7 +81,7 @@ def apply(
 
 
 def _survival(before: Floats, after: Floats, change: RowDelta) -> dict[str, Any]:
-    meant = change.delta[change.cluster].astype(np.float64)
+    meant = change.moves.astype(np.float64)
     made = after.astype(np.float64) - before
     power = float(np.vdot(meant, meant)) or 1.0
     return {

@@ -31,6 +31,7 @@ def seal(patch: NestPatch, folder: Path) -> NestPatch:
             )
         before, after = hashlib.sha256(), hashlib.sha256()
         olds, news = [], []
+        index, moves = change.by_row()
         step = max(1, CHUNK // (4 * shape[1]))
         for start in range(0, shape[0], step):
             rows: NDArray[Any] = np.arange(start, min(start + step, shape[0]))
@@ -42,8 +43,7 @@ def seal(patch: NestPatch, folder: Path) -> NestPatch:
                 picked = change.rows[inside] - start
                 old = table[picked].reshape(-1)
                 try:
-                    edit = _core.RowEdit(dtype, np.ascontiguousarray(change.cluster[inside]), change.delta)
-                    new = edit.fold(old)
+                    new = _core.RowEdit(dtype, index[inside], moves).fold(old)
                 except ValueError as error:
                     raise NestError(f"`{name}`: {error}") from error
                 table[picked] = new.reshape(len(picked), -1)
@@ -53,7 +53,7 @@ def seal(patch: NestPatch, folder: Path) -> NestPatch:
         old, new = np.concatenate(olds), np.concatenate(news)
         tensors[name] = replace(
             change,
-            residual=_core.RowEdit(dtype, change.cluster, change.delta).residual(old, new),
+            residual=_core.RowEdit(dtype, index, moves).residual(old, new),
             sketch=sketch(widen(old, dtype, shape[1])),
         )
         seals[name] = {

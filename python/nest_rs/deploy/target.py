@@ -90,8 +90,7 @@ class Target:
 
     def edit(self, name: str) -> _core.RowEdit:
         """The arithmetic of one tensor's deltas."""
-        change = self.patch.tensors[name]
-        return _core.RowEdit(self.seal_of(name)["dtype"], change.cluster, change.delta)
+        return _core.RowEdit(self.seal_of(name)["dtype"], *self.patch.tensors[name].by_row())
 
     def find(self, name: str) -> Found:
         """Read a tensor's rows and tell what they are."""
@@ -124,7 +123,7 @@ class Target:
             size = float(np.sqrt(np.mean(np.square(values, dtype=np.float64)) * width)) or 1.0
             # The mean over few rows strays from its expectation.
             tolerance *= 1 + 3 / np.sqrt(2 * len(values))
-            shift = sketch(change.delta)[change.cluster]
+            shift = sketch(change.moves)
             here = sketch(values).astype(np.float64)
             errors = {
                 "before": np.sqrt(np.mean((here - change.sketch) ** 2)) / size,
