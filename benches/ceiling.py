@@ -119,6 +119,8 @@ def main() -> None:
     most = {name: float(share) for name, _, share in (item.partition("=") for item in options.most or [])} or MOST
     if unknown := [name for name in most if name != "ordinary" and name not in kinds]:
         parser.error(f"--most names `{unknown[0]}`, which is none of the suites")
+    if not any(name in kinds or "benign" in kinds.values() for name in most):
+        parser.error("--most bounds `ordinary` requests alone, and no suite is harmless; name one with --suites")
     asked = {suite.name: chat_ids(tokenizer, suite.prompts) for suite in suites}
     scores: dict[str, dict[str, Floats]] = {}
 

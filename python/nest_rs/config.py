@@ -75,7 +75,7 @@ class TuneConfig(BaseModel):
     depth: tuple[float, float] = Field((0.33, 1.0), description="between which shares of the layers")
     probe_prompts: int = Field(1000, ge=2, description="prompts of each class that the probes learn from, at most")
     c: float = Field(1.0, gt=0, description="inverse L2 strength of the probes")
-    z: float = Field(2.0, description="select rows whose coefficient stands out by more standard deviations")
+    z: float = Field(1.5, description="select rows whose coefficient stands out by more standard deviations")
     positive: bool = Field(True, description="select positive coefficients only")
 
     clustering: Clustering = Field("silhouette", description="silhouette, strong (a neuron each) or weak (one a site)")
