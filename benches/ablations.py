@@ -62,7 +62,7 @@ def main() -> None:
         for name in given.variants.split(","):
             config = build_config(common, VARIANTS[name], {"seed": seed})
             folder = given.out / f"seed{seed}" / name.partition(":")[0].replace(" ", "-")
-            # A variant may be the recipe itself, as z = 2 is by default.
+            # A variant may be the recipe itself.
             bench = first if config == recipe else Bench(folder, config, given.benign)
             if not bench.row("nest").is_file():
                 bench.run.take_probe(first.run)

@@ -46,7 +46,7 @@ def synthetic(count: int, prompt: int, answer: int, *, vocab: int, width: int, d
     ]
 
 
-def with_nest(model: Any, sites: Sequence[Site], rows: int = 40, clusters: int = 2) -> Any:
+def with_nest(model: Any, sites: Sequence[Site], rows: int = 100, clusters: int = 2) -> Any:
     """A NeST adapter on random rows of each site: by default as many as a default run of SmolLM2 selects."""
     rng = random.Random(0)
     neurons = {
