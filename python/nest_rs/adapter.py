@@ -1,10 +1,11 @@
 """A patch as an ordinary PEFT LoRA adapter, for the servers that load those today.
 
-W + B A with A [r, d] the deltas (a row a cluster, the rest zero) and B [rows, r] one-hot: every product is exact, so
-the merged weights are the fold's to the bit where PEFT adds in float32 and rounds once (`merge_and_unload()` without
-`safe_merge`, on a model in float32 or bfloat16, the adapter kept in float32 as it does by default). A weight of -0 is
-the one exception: PEFT adds 0 to every row, which makes it +0. The native patch stays the source of truth: an adapter
-cannot be verified, or removed to the bit.
+W + B A with A [r, d] the deltas (a row a cluster, the rest zero) and B [rows, r] the ties. One-hot ties make every
+product exact, so the merged weights are the fold's to the bit where PEFT adds in float32 and rounds once
+(`merge_and_unload()` without `safe_merge`, on a model in float32 or bfloat16, the adapter kept in float32 as it does by
+default). A weight of -0 is the one exception: PEFT adds 0 to every row, which makes it +0. With learned ties the sum is
+the library's, and a weight may differ in its last place. The native patch stays the source of truth: an adapter cannot
+be verified, or removed to the bit.
 """
 
 from __future__ import annotations
