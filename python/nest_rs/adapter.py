@@ -55,10 +55,7 @@ def write_lora(patch: NestPatch, out: Path, *, overwrite: bool = False) -> Path:
         a = np.zeros((rank, change.delta.shape[1]), np.float32)
         a[: len(change.delta)] = change.delta
         b = np.zeros((patch.manifest["tensors"][name]["shape"][0], rank), np.float32)
-        if change.tie is None:
-            b[change.rows, change.cluster] = 1
-        else:
-            b[change.rows, : len(change.delta)] = change.tie
+        b[change.rows, : len(change.delta)] = change.ties
         arrays[f"base_model.model.{module}.lora_A.weight"] = a
         arrays[f"base_model.model.{module}.lora_B.weight"] = b
     config: dict[str, Any] = {

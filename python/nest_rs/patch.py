@@ -114,6 +114,11 @@ class RowDelta:
     tie: NDArray[np.float32] | None = None
 
     @property
+    def ties(self) -> NDArray[np.float32]:
+        """How far each row follows each delta, float32 [n, k]; one-hot where that was not learned."""
+        return np.eye(len(self.delta), dtype=np.float32)[self.cluster] if self.tie is None else self.tie
+
+    @property
     def moves(self) -> NDArray[np.float32]:
         """What each row moves by, float32 [n, d_in]."""
         with np.errstate(over="ignore"):  # the fold says which row would not be finite
@@ -367,10 +372,7 @@ def _side_by_side(one: RowDelta, other: RowDelta) -> NDArray[np.float32] | None:
     """The ties of two changes that share no row, [n + n', k + k']; None where neither has any."""
     if one.tie is None and other.tie is None:
         return None
-    first, second = (
-        np.eye(len(change.delta), dtype=np.float32)[change.cluster] if change.tie is None else change.tie
-        for change in (one, other)
-    )
+    first, second = one.ties, other.ties
     apart = np.zeros((len(first), second.shape[1]), np.float32), np.zeros((len(second), first.shape[1]), np.float32)
     return np.block([[first, apart[0]], [apart[1], second]])
 

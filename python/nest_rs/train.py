@@ -446,12 +446,10 @@ def train_deltas(
                 return plain
             deltas = {name: parameter for name, parameter in trained.items() if ".nest_tie." not in name}
             groups: list[dict[str, Any]] = [{"params": list(deltas.values())}, {"params": ties, "lr": tie_rate}]
-            whitened = {
-                parameter: a
-                for name, parameter in deltas.items()
-                for module, a in (whitening or {}).items()
-                if f".{module}.nest_" in f".{name}"
-            }
+            whitened = {}
+            if whitening is not None:
+                for name, delta in deltas.items():
+                    whitened[delta] = next(a for module, a in whitening.items() if f".{module}.nest_" in f".{name}")
             optimizer = WhitenedAdamW(groups if ties else groups[:1], whitened, lr=learning_rate, weight_decay=0.0)
             self.optimizer = optimizer
             return optimizer
