@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 1.9,
         "frame_share": 0.4,
         "text_weight": 96.0,
-        "refusal_bias": 1.0,
+        "refusal_bias": 1.5,
         "newton_requests": 2400,
     },
     "paper": {
@@ -105,7 +105,7 @@ class TuneConfig(BaseModel):
         3.0, ge=0, description="weight of deciding on the first token as a linear probe of the base does"
     )
     refusal_bias: float = Field(
-        0.0, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
+        0.5, description="logits added to the odds of refusing that are aimed at: more refuse more, right and wrong"
     )
     newton_requests: int = Field(
         0, ge=0, description="requests whose decisions a last Gauss-Newton step fits; 0: no such step"
