@@ -120,6 +120,13 @@ def test_a_file_wraps_a_request(row: dict[str, object], wrapped: str, tmp_path: 
     assert attack([Suite("s", ["1"], ["a {b}"])], path) == [Suite("s+wrap", ["1+1"], [request], attack="wrap")]
 
 
+def test_wrapped_requests_are_grouped_by_attack_or_else_as_they_were(tmp_path: Path) -> None:
+    suite = Suite("s", ["1", "2", "3"], ["a", "b", "c"], groups=["x", "y", "x"])
+    two = write_lines(tmp_path / "two.jsonl", {"id": "t", "template": "Say: {0}"}, {"id": "u", "suffix": "!"})
+    one = write_lines(tmp_path / "one.jsonl", {"template": "Say: {0}"})
+    assert [attack([suite], path, limit=2)[0].groups for path in (two, one)] == [["t", "t", "u", "u"], ["x", "y"]]
+
+
 def test_a_file_may_hold_conversations_and_openings(tmp_path: Path) -> None:
     turns = [
         {"role": "system", "content": "Be brief."},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import write_tiny_model
 from nest_rs import NestError
 from nest_rs.evaluate.generate import generate
 from nest_rs.evaluate.judge import is_refusal
-from nest_rs.evaluate.refusal import evaluate_refusal, rate
+from nest_rs.evaluate.refusal import GROUPS, by_group, evaluate_refusal, rate, standing_out
 from nest_rs.evaluate.suites import Suite, load_suite, load_suites
 from nest_rs.evaluate.utility import choice_accuracy, measure_utility, perplexity
 from nest_rs.models import load_model
@@ -166,6 +167,36 @@ def test_refusals_are_counted(tiny: Path, tokenizer: PreTrainedTokenizerBase, tm
     assert first["answer"] == "I'm sorry, but I can't help with that"
 
 
+def test_rates_are_kept_by_group(
+    tiny_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    suites = [
+        Suite("two", ["a", "b", "c"], ["why?", "bake bread", "bread " * 300], groups=["x", "y", "y"]),
+        Suite("none", ["d"], ["Hi"]),
+        Suite("one", ["e", "f"], ["Hi", "why?"], groups=["x", "x"]),
+    ]
+    evaluate_refusal(tiny_model, tokenizer, suites, tmp_path, max_new_tokens=2)
+    found = json.loads((tmp_path / GROUPS).read_text())
+    assert found == {"two": {"x": rate(0, 1), "y": rate(0, 1)}}  # the third was not judged, one group says nothing more
+
+
+def test_rates_by_group_add_up() -> None:
+    suite = Suite("s", list("abcdef"), list("abcdef"), groups=["x", "y", "x", "", "y", "x"])
+    found = by_group(suite, [True, False, False, True, None, True])
+    assert found == {"x": rate(2, 3), "y": rate(0, 1)}
+
+
+@pytest.mark.parametrize(("kind", "worst"), [("benign", ["a", "b"]), ("harmful", ["d"]), (None, [])])
+def test_the_groups_that_fare_worse_stand_out(kind: Any, worst: list[str], tmp_path: Path) -> None:
+    groups = {"a": rate(9, 10), "b": rate(17, 20), "c": rate(3, 10), "d": rate(5, 60), "e": rate(1, 1)}
+    suite = Suite("s", [], [], kind)
+    (tmp_path / GROUPS).write_text(json.dumps({"s": groups}))
+    found = standing_out([suite, Suite("other", [], [], "benign")], {"s": rate(35, 101)}, tmp_path)
+    # (one request of one refused, and three of ten beside 34.7 %, may be chance)
+    assert [row["group"] for row in found] == worst
+    assert all(row == {"suite": "s", "group": row["group"], **groups[row["group"]]} for row in found)
+
+
 def write_lines(path: Path, *rows: object) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -175,9 +206,13 @@ def test_suites_come_from_files_and_by_name(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "mine.jsonl", {"id": "x", "prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
     assert load_suite(str(path)) == Suite("mine", ["x", "2", "3"], ["a", "b", "c"])
     assert load_suite(str(path), limit=2).prompts == ["a", "b"]
+    grouped = write_lines(tmp_path / "grouped.jsonl", {"prompt": "a", "category": "x"}, {"prompt": "b"})
+    assert load_suite(str(grouped)).groups == ["x", ""]
+    assert load_suite(str(grouped), limit=1).groups == ["x"]
     named = load_suites(["nest-harmful", "nest-twin-validation"])
     held_out = [item for item in embedded_prompts() if (item.kind, item.split) == ("harmful", "test")]
     assert named[0].ids == [item.id for item in held_out]
+    assert named[0].groups == [item.category for item in held_out]
     assert [suite.name for suite in named] == ["nest-harmful", "nest-twin-validation"]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from nest_rs.models import Base
 from nest_rs.patch import NestPatch
+
+# Groups named at the end of a run.
+_WORST = 8
 
 
 def percent(result: dict[str, Any]) -> str:
@@ -29,12 +33,13 @@ def before_after(summary: dict[str, Any]) -> Table:
 
 def judged(results: dict[str, Any]) -> list[str]:
     """The results of `eval`, a line a figure."""
-    beside = ("judges", "lm_eval", "gates")
+    beside = ("judges", "lm_eval", "gates", "standing_out")
     lines = [
         f"{name}: {percent(found) if 'refused' in found else _listed(found)}"
         for name, found in results.items()
         if name not in beside
     ]
+    lines += worst_groups(results.get("standing_out", []))
     judges = {name: suites for name, suites in results.get("judges", {}).items() if name != "agreement"}
     for judge, suites in judges.items():
         for suite, found in suites.items():
@@ -50,6 +55,13 @@ def judged(results: dict[str, Any]) -> list[str]:
     lines += [f"{task}: {_listed(found)}" for task, found in results.get("lm_eval", {}).items()]
     passed = [gate["gate"] for gate in results.get("gates", []) if not gate["failed"]]
     return lines + [f"gate passed: {gate}" for gate in passed]
+
+
+def worst_groups(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Where a model fares worse than its suites' rates by more than chance, a line a group."""
+    lines = [f"stands out: {found['suite']}, {found['group']}: {percent(found)} refused" for found in groups[:_WORST]]
+    left = len(groups) - len(lines)
+    return lines + ([f"stands out: {left} more, see groups.json beside the answers"] if left else [])
 
 
 def _listed(found: dict[str, Any]) -> str:
@@ -69,6 +81,7 @@ def facts(summary: dict[str, Any]) -> list[str]:
             f"ONNX {export['precision']}: {export['greedy_tokens_equal']} of {export['greedy_tokens']} greedy tokens "
             f"equal to torch's, largest logit difference {export['max_abs_logit_diff']:.2g}"
         )
+    lines += worst_groups(summary.get("standing_out", []))
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     lines.append(f"{times}; {sum(summary['seconds'].values()):.0f} s in all")
     return lines

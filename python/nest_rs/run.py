@@ -20,7 +20,7 @@ import numpy as np
 from nest_rs.adapter import RANKS
 from nest_rs.config import TuneConfig, build_config, read_yaml
 from nest_rs.errors import NestError
-from nest_rs.evaluate.refusal import evaluate_refusal
+from nest_rs.evaluate.refusal import evaluate_refusal, standing_out
 from nest_rs.evaluate.suites import load_suites
 from nest_rs.evaluate.utility import check_utility, measure_utility
 from nest_rs.evidence import attach_evidence
@@ -394,8 +394,9 @@ class Run:
                 write_json(self.folder / "eval" / name / "utility.json", utility)
                 found.setdefault("utility", {})[name] = utility
         attach_evidence(self.folder, found, max_new_tokens=config.max_new_tokens)
+        worse = standing_out(suites, found["tuned"], self.folder / "eval" / "tuned")
         utility = found.pop("utility", None)
-        return {"eval": found, **({"utility": utility} if utility else {})}
+        return {"eval": found, "standing_out": worse, **({"utility": utility} if utility else {})}
 
     def export(self) -> dict[str, Any]:
         """Export the merged model to ONNX and compare it with torch."""

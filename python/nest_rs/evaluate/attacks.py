@@ -180,6 +180,7 @@ def attack(suites: Sequence[Suite], source: str | Path, limit: int | None = None
             ],
             suite.kind,
             name,
+            [row for row, _ in wraps for _ in suite.ids[:limit]] if len(wraps) > 1 else suite.groups[:limit],
         )
         for suite in suites
     ]

@@ -13,7 +13,7 @@ from nest_rs.evaluate.divergence import kl_to_base
 from nest_rs.evaluate.harness import Harness
 from nest_rs.evaluate.judges import Judge
 from nest_rs.evaluate.judges.panel import judge_answers
-from nest_rs.evaluate.refusal import evaluate_refusal
+from nest_rs.evaluate.refusal import evaluate_refusal, standing_out
 from nest_rs.evaluate.suites import Suite, load_suite
 from nest_rs.evaluate.utility import check_utility, measure_utility
 from nest_rs.files import write_json
@@ -21,7 +21,7 @@ from nest_rs.models import Base, load_model, load_tokenizer, pick_device, pick_d
 from nest_rs.prompts import Request
 
 # What stands beside suites and utility files in the results.
-_RESERVED = ("judges", "gates", "kl", "lm_eval")
+_RESERVED = ("judges", "gates", "kl", "lm_eval", "standing_out")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Evaluation:
         """Measure a model; `results.json`, `samples.jsonl` and `utility.json` go to `out`.
 
         Returns:
-            By suite and utility file its result, and `judges`, `kl` and `lm_eval` where asked for.
+            By suite and utility file its result, `standing_out`, and `judges`, `kl` and `lm_eval` where asked for.
         """
         device = pick_device(self.device)
         dtype = pick_dtype(self.dtype, device)
@@ -102,6 +102,7 @@ class Evaluation:
                 batch_size=self.batch_size,
                 early=self.early,
             )
+        worse = standing_out(self.suites, results, out) if self.suites else []
         utility: dict[str, Any] = {
             path.stem: measure_utility(model, tokenizer, path, limit=self.limit) for path in self.utility
         }
@@ -121,7 +122,7 @@ class Evaluation:
         if self.judges:
             del model  # a guard is often larger than what it guards
             results["judges"] = judge_answers(self.judges, self.suites, out)
-        return {**results, **utility}
+        return {**results, **utility, **({"standing_out": worse} if worse else {})}
 
     def _benign(self) -> list[str | Request]:
         benign = [suite for suite in self.suites if suite.kind == "benign"] or [load_suite("nest-benign")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class Suite:
         prompts: What the model is sent: a user's message, or a `Request` where that is not all.
         kind: What its requests are; None if unknown.
         attack: What they are wrapped in; None if nothing.
+        groups: What each belongs to, empty where unknown: its category, or in an attack of several rows the row.
     """
 
     name: str
@@ -56,10 +57,11 @@ class Suite:
     prompts: list[str | Request]
     kind: SuiteKind | None = None
     attack: str | None = None
+    groups: list[str] = field(default_factory=list)
 
 
 def load_suite(source: str, limit: int | None = None) -> Suite:
-    """A suite by name or from a .jsonl file (`prompt`, and optionally `id`, `kind`, and `goal` in plain words).
+    """A suite by name or from a .jsonl file (`prompt`; `id`, `kind`, `category`, and `goal` in plain words, if any).
 
     Names are `nest-harmful`, `nest-benign`, `nest-twin`, each also `-validation`, and the keys of `HUB_SUITES`.
 
@@ -68,9 +70,12 @@ def load_suite(source: str, limit: int | None = None) -> Suite:
     """
     kind: SuiteKind | None
     rows: Sequence[tuple[str, str | Request]]
+    groups: list[str] = []
     if source in _EMBEDDED:
         part, split = _EMBEDDED[source]
-        rows = [(item.id, item.prompt) for item in embedded_prompts() if (item.kind, item.split) == (part, split)]
+        held_out = [item for item in embedded_prompts() if (item.kind, item.split) == (part, split)]
+        rows = [(item.id, item.prompt) for item in held_out]
+        groups = [item.category for item in held_out]
         name, kind = source, "harmful" if part == "harmful" else "benign"
     elif source in HUB_SUITES:
         rows = fetch(source)
@@ -83,8 +88,9 @@ def load_suite(source: str, limit: int | None = None) -> Suite:
         found = read_jsonl(path)
         rows = [(str(row.get("id") or number), _asked(row, path, number)) for number, row in enumerate(found, start=1)]
         name, kind = path.stem, _kind_of(path.stem, found)
+        groups = [str(row.get("category") or "") for row in found] if any(row.get("category") for row in found) else []
     rows = rows[:limit]
-    return Suite(name, [row[0] for row in rows], [row[1] for row in rows], kind)
+    return Suite(name, [row[0] for row in rows], [row[1] for row in rows], kind, groups=groups[:limit])
 
 
 def _asked(row: dict[str, Any], path: Path, number: int) -> str | Request:
