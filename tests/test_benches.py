@@ -63,3 +63,13 @@ def test_the_bench_of_what_states_tell_apart_runs(tiny: Path) -> None:
         assert rows["nest-benign-validation"] <= 12.5
         assert rows["nest-twin-validation"] <= 25
         assert rows["harmful together"] == rows["nest-harmful-validation"]
+
+
+def test_a_bound_on_no_harmless_suite_is_one_line(tiny: Path) -> None:
+    arguments = ["--model", tiny, "--suites", "nest-harmful-validation", "--most", "ordinary=0.1"]
+    command = [sys.executable, str(BENCHES / "ceiling.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "ceiling.py: error: --most bounds `ordinary` requests alone, and no suite is harmless; name one with --suites"
+    )

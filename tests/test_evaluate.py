@@ -20,6 +20,7 @@ from nest_rs.evaluate.suites import Suite, load_suite, load_suites
 from nest_rs.evaluate.utility import choice_accuracy, measure_utility, perplexity
 from nest_rs.models import load_model
 from nest_rs.prompts import embedded_prompts
+from nest_rs.report import judged, percent, worst_groups
 
 PROMPTS = [
     "bake bread",
@@ -195,6 +196,16 @@ def test_the_groups_that_fare_worse_stand_out(kind: Any, worst: list[str], tmp_p
     # (one request of one refused, and three of ten beside 34.7 %, may be chance)
     assert [row["group"] for row in found] == worst
     assert all(row == {"suite": "s", "group": row["group"], **groups[row["group"]]} for row in found)
+
+
+def test_the_end_of_a_run_names_the_worst_groups_first() -> None:
+    found = [{"suite": "s", "group": f"g{number}", **rate(3, 10)} for number in range(10)]
+    lines = worst_groups(found)
+    assert lines[0] == "stands out: s, g0: 30.0 % [10.8, 60.3] n=10 refused"
+    assert [line.split(", ")[1][:2] for line in lines[:8]] == [f"g{number}" for number in range(8)]
+    assert lines[8:] == ["stands out: 2 more, see groups.json beside the answers"]
+    assert worst_groups(found[:8]) == lines[:8]
+    assert judged({"s": rate(1, 2), "standing_out": found[:1]}) == [f"s: {percent(rate(1, 2))}", lines[0]]
 
 
 def write_lines(path: Path, *rows: object) -> Path:
