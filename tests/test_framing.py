@@ -119,7 +119,7 @@ def test_the_teacher_reads_the_bare_request(tiny: Path, tmp_path: Path) -> None:
         found[share] = run.training_data
     bare, framed = found[0.0], found[0.5]
     train = [item for item in run.prompts if item.split == "train"]
-    scores = set(scored(run.model, run.tokenizer, train).values())
+    scores = set(scored(run.model, run.tokenizer, train, bias=run.config.refusal_bias).values())
     for data in (bare, framed):
         assert {item.score for item in (*data.harmful, *data.benign)} <= scores
     assert [item.score for item in framed.harmful] == [item.score for item in bare.harmful]

@@ -21,7 +21,8 @@ class Cost:
 
     Attributes:
         seconds: Wall clock.
-        peak_mb: MB (10^6 bytes) of the accelerator's memory; on a processor, the resident memory of the process.
+        peak_mb: MB (10^6 bytes) of the accelerator's memory; on a processor, the resident memory of the process, in
+            which what the allocator kept of earlier work is included.
     """
 
     seconds: float = 0.0
