@@ -188,8 +188,10 @@ def test_what_follows_the_first_token_is_made_sure_where_harmless_answers_open_w
     harmful = [ids for ids, refuse in wanted if refuse]
     sure = []
     for shared, alike, damping in ((2, True, 1e9), (1, True, 10.0), (2, True, 10.0), (2, False, 10.0)):
-        # Refusals that begin alike for so many tokens, and harmless answers with the same token or another.
+        # Refusals that begin alike for so many tokens, some cut to the first, and harmless answers with the same token
+        # or another.
         refused = [Example(ids, [*[50, 51][:shared], 54 + n % 2]) for n, ids in enumerate(harmful)]
+        refused[::3] = [item.opening() for item in refused[::3]]
         kept = [
             Example(item.prompt, [50 if alike and n == 0 else 60, 61]) for n, item in enumerate(requests(20, [5, 6]))
         ]

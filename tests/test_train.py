@@ -604,7 +604,46 @@ def test_the_steps_are_counted_in_requests_that_fit(tiny: Path, tmp_path: Path) 
                 file.write(json.dumps({"prompt": f"{n} " + "bread " * 400, "kind": "harmful", "split": "train"}) + "\n")
         given = {"model": str(tiny), "prompts": str(path), "dtype": "float32", "epochs": 2, "frame_share": 0.0}
         counts.append(Run(tmp_path / "run", build_config(given)).training_data.count)
-    assert counts[0] == counts[1] == 5  # twice through 20 harmful requests, 8 a step
+    assert counts[0] == counts[1] == 4  # twice through 20 harmful requests, 12 a step
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_of_most_answers_the_opening_is_learned(told: bool, tiny: Path, tmp_path: Path) -> None:
+    def learned(share: float) -> dict[str, dict[tuple[int, ...], Example]]:
+        path = tmp_path / "prompts.jsonl"
+        path.write_text(
+            "".join(
+                json.dumps(
+                    {"prompt": f"{n} {kind}", "kind": kind, "split": "train"} | ({"response": "yes of course"} * told)
+                )
+                + "\n"
+                for n in range(20)
+                for kind in ("harmful", "benign")
+            )
+        )
+        given = {"model": str(tiny), "prompts": str(path), "dtype": "float32", "epochs": 1, "answer_share": share}
+        data = Run(tmp_path / "run", build_config(given | {"frame_share": 0.0})).training_data
+        return {kind: {tuple(item.prompt): item for item in getattr(data, kind)} for kind in ("harmful", "benign")}
+
+    whole, some, none = learned(1.0), learned(0.3), learned(0.0)
+    for kind, examples in whole.items():
+        assert len(examples) == 20
+        assert examples.keys() == some[kind].keys() == none[kind].keys()
+        for prompt, example in examples.items():
+            one, other = some[kind][prompt], none[kind][prompt]
+            assert len(example.answer) > 1
+            assert one.answer in (example.answer, example.answer[:1])
+            assert other.answer == example.answer[:1]
+            assert example.score is not None
+            for item in (example, one, other):
+                assert item.states is None or len(item.states) == len(item.answer)
+    cut = sum(len(item.answer) == 1 for examples in some.values() for item in examples.values())
+    assert cut == 28  # of 40
+    assert all(
+        item.answer == some[kind][prompt].answer
+        for kind, items in learned(0.3).items()
+        for prompt, item in items.items()
+    )
 
 
 def test_a_base_that_refuses_everything_is_a_clear_error(tokenizer: PreTrainedTokenizerBase) -> None:

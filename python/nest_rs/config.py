@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 5.0,
         "batch_size": 32,
         "accumulate": 2,
+        "answer_share": 1.0,
         "answer_tokens": 64,
     },
 }
@@ -83,8 +84,8 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.48, gt=0, description="passes over the harmful requests")
-    batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
+    epochs: float = Field(0.55, gt=0, description="passes over the harmful requests")
+    batch_size: int = Field(24, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
     tie_rate: float = Field(
@@ -115,6 +116,9 @@ class TuneConfig(BaseModel):
     twin_share: float = Field(0.5, ge=0, lt=1, description="share of twins among the harmless requests")
     frame_share: float = Field(
         0.25, ge=0, le=1, description="share of the training requests in an everyday framing: role, story, rules"
+    )
+    answer_share: float = Field(
+        0.33, ge=0, le=1, description="share of the answers learned whole; of the others the first token is"
     )
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 

@@ -82,8 +82,10 @@ def newton_step(
     """
     refusals, kept = ([item.answer for part in steps.steps for item in part[kind]] for kind in ("harmful", "benign"))
     refusing = torch.unique(torch.tensor([answer[0] for answer in refusals])).to(model.device)
-    # Zipping ends with the shortest; refusals that begin in several ways open with any of them.
-    shared = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*refusals, strict=False))
+    # Zipping ends with the shortest, so those cut to their first token say nothing here; refusals that begin in several
+    # ways open with any of them.
+    whole = [answer for answer in refusals if len(answer) > 1]
+    shared = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*whole, strict=False))
     opening = [tokens[0] for tokens in shared] or refusals[0][:1]
     layers = list(_layers(model, whitening))
     model.eval()

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -109,19 +109,13 @@ def training_data(
             bias=config.refusal_bias,
             threads=config.threads,
         )
-    harmful = refusal_examples(tokenizer, refused, scores, seed=config.seed)
-    asked = [item for item in chosen if item.response is None]
-    answers = own_answers(
-        base, model, tokenizer, asked, max_new_tokens=config.answer_tokens, batch_size=config.eval_batch_size
-    )
-    told = [item for item in chosen if item.response is not None]
-    known = dict(zip((item.id for item in asked), answers, strict=True))
-    known |= zip(
-        (item.id for item in told), given_answers(tokenizer, [str(item.response) for item in told]), strict=True
-    )
-    benign = helpful_examples(
-        tokenizer, chosen, [known[item.id] for item in chosen], scores, max_tokens=config.answer_tokens
-    )
+    whole = learned_whole([*refused, *chosen], config.answer_share, config.seed)
+    refusing = refusal_examples(tokenizer, refused, scores, seed=config.seed)
+    harmful = [
+        example if item.id in whole else example.opening() for item, example in zip(refused, refusing, strict=True)
+    ]
+    answers = helpful_answers(config, base, model, tokenizer, chosen, whole)
+    benign = helpful_examples(tokenizer, chosen, answers, scores, max_tokens=config.answer_tokens)
     texts = plain_texts(model, tokenizer, train, config.seed) if config.text_weight else []
     parts = math.lcm(config.accumulate, share()[1])  # every process has as many
     steps = Steps(
@@ -134,6 +128,15 @@ def training_data(
         pad=tokenizer.pad_token_id,
     )
     return TrainingData(harmful, benign, decisions(config, tokenizer, refused, harmless), steps, count)
+
+
+def learned_whole(prompts: Sequence[Prompt], share: float, seed: int) -> set[str]:
+    """The ids of the requests, drawn at random, whose answers are learned whole.
+
+    Of the others the opening is, on which it hangs whether an answer refuses: reading a request costs less than its
+    answer does, and more requests teach more than more words of the same few refusals.
+    """
+    return {item.id for item in random.Random(seed).sample(prompts, round(share * len(prompts)))}
 
 
 def framed_requests(
@@ -206,6 +209,29 @@ def plain_texts(
                 Example(window[:1], window[1:], read.clone()) for window, read in zip(batch, states, strict=True)
             ]
     return examples
+
+
+def helpful_answers(
+    config: TuneConfig,
+    base: Base,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    whole: Collection[str],
+) -> list[Answer | None]:
+    """What is to be answered to harmless requests, the given response or the base's own answer: its first token alone
+    where the request is not among the `whole` ones."""
+    answers: dict[str, Answer | None] = {}
+    for tokens, items in (
+        (config.answer_tokens, [item for item in prompts if item.id in whole]),
+        (1, [item for item in prompts if item.id not in whole]),
+    ):
+        told = [item for item in items if item.response is not None]
+        given = given_answers(tokenizer, [str(item.response) for item in told], max_tokens=tokens)
+        asked = [item for item in items if item.response is None]
+        own = own_answers(base, model, tokenizer, asked, max_new_tokens=tokens, batch_size=config.eval_batch_size)
+        answers |= zip((item.id for item in (*told, *asked)), (*given, *own), strict=True)
+    return [answers[item.id] for item in prompts]
 
 
 def own_answers(
@@ -333,6 +359,8 @@ def helpful_examples(
     ]
 
 
-def given_answers(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[Answer]:
+def given_answers(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[str], *, max_tokens: int | None = None
+) -> list[Answer]:
     """Answers that came with the prompts."""
-    return [Answer(tokens) for tokens in encode(tokenizer, responses)]
+    return [Answer(tokens[:max_tokens]) for tokens in encode(tokenizer, responses)]

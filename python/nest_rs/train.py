@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,10 @@ class Example:
     answer: list[int]
     states: torch.Tensor | None = None
     score: float | None = None
+
+    def opening(self) -> Example:
+        """The same with the first token of its answer alone."""
+        return replace(self, answer=self.answer[:1], states=None if self.states is None else self.states[:1])
 
 
 # Tensors, and under `text` a batch of its own.
