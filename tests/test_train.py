@@ -607,43 +607,32 @@ def test_the_steps_are_counted_in_requests_that_fit(tiny: Path, tmp_path: Path) 
     assert counts[0] == counts[1] == 4  # twice through 20 harmful requests, 12 a step
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_of_most_answers_the_opening_is_learned(told: bool, tiny: Path, tmp_path: Path) -> None:
-    def learned(share: float) -> dict[str, dict[tuple[int, ...], Example]]:
-        path = tmp_path / "prompts.jsonl"
-        path.write_text(
-            "".join(
-                json.dumps(
-                    {"prompt": f"{n} {kind}", "kind": kind, "split": "train"} | ({"response": "yes of course"} * told)
-                )
-                + "\n"
-                for n in range(20)
-                for kind in ("harmful", "benign")
-            )
-        )
+@pytest.mark.parametrize("told", [{}, {"response": "yes of course"}], ids=["own answers", "given answers"])
+def test_of_most_answers_the_opening_is_learned(told: dict[str, str], tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    kinds = ("harmful", "benign")
+    rows = [{"prompt": f"{n} {kind}", "kind": kind, "split": "train", **told} for n in range(20) for kind in kinds]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def learned(share: float) -> dict[tuple[int, ...], Example]:
         given = {"model": str(tiny), "prompts": str(path), "dtype": "float32", "epochs": 1, "answer_share": share}
-        data = Run(tmp_path / "run", build_config(given | {"frame_share": 0.0})).training_data
-        return {kind: {tuple(item.prompt): item for item in getattr(data, kind)} for kind in ("harmful", "benign")}
+        data = Run(tmp_path / "run", build_config({**given, "frame_share": 0.0})).training_data
+        return {tuple(item.prompt): item for item in (*data.harmful, *data.benign)}
 
     whole, some, none = learned(1.0), learned(0.3), learned(0.0)
-    for kind, examples in whole.items():
-        assert len(examples) == 20
-        assert examples.keys() == some[kind].keys() == none[kind].keys()
-        for prompt, example in examples.items():
-            one, other = some[kind][prompt], none[kind][prompt]
-            assert len(example.answer) > 1
-            assert one.answer in (example.answer, example.answer[:1])
-            assert other.answer == example.answer[:1]
-            assert example.score is not None
-            for item in (example, one, other):
-                assert item.states is None or len(item.states) == len(item.answer)
-    cut = sum(len(item.answer) == 1 for examples in some.values() for item in examples.values())
-    assert cut == 28  # of 40
-    assert all(
-        item.answer == some[kind][prompt].answer
-        for kind, items in learned(0.3).items()
-        for prompt, item in items.items()
-    )
+    assert len(whole) == 40
+    assert whole.keys() >= some.keys() >= none.keys()  # a token that shows nothing is no answer
+    assert len(none) == 40 or not told
+    for shorter in (some, none):
+        for prompt, item in shorter.items():
+            assert item.answer in (whole[prompt].answer, whole[prompt].answer[:1])
+            assert item.states is None or len(item.states) == len(item.answer)
+            assert item.score is not None
+    assert {len(item.answer) for item in none.values()} == {1}
+    assert min(len(item.answer) for item in whole.values()) > 1
+    kept = {prompt for prompt, item in some.items() if len(item.answer) > 1}
+    assert len(kept) == 12  # of 40
+    assert kept == {prompt for prompt, item in learned(0.3).items() if len(item.answer) > 1}
 
 
 def test_a_base_that_refuses_everything_is_a_clear_error(tokenizer: PreTrainedTokenizerBase) -> None:
