@@ -604,7 +604,7 @@ def test_the_steps_are_counted_in_requests_that_fit(tiny: Path, tmp_path: Path) 
                 file.write(json.dumps({"prompt": f"{n} " + "bread " * 400, "kind": "harmful", "split": "train"}) + "\n")
         given = {"model": str(tiny), "prompts": str(path), "dtype": "float32", "epochs": 2, "frame_share": 0.0}
         counts.append(Run(tmp_path / "run", build_config(given)).training_data.count)
-    assert counts[0] == counts[1] == 4  # twice through 20 harmful requests, 12 a step
+    assert counts[0] == counts[1] == 5  # twice through 20 harmful requests, 8 a step
 
 
 @pytest.mark.parametrize("told", [{}, {"response": "yes of course"}], ids=["own answers", "given answers"])

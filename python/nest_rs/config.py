@@ -17,9 +17,13 @@ from nest_rs.neurons import Clustering
 # What a preset changes. `paper` is the recipe of arXiv 2602.16835v1, section 3, as far as it is disclosed.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Four times the steps, and a Gauss-Newton step at the end: what the default leaves out to take minutes.
+    # Four times the requests, and a Gauss-Newton step at the end: what the default leaves out to take minutes. So many
+    # requests teach more when of most answers the opening alone is learned; in the default's few steps, attacks get
+    # through then.
     "thorough": {
         "epochs": 1.9,
+        "batch_size": 24,
+        "answer_share": 0.33,
         "frame_share": 0.4,
         "text_weight": 96.0,
         "refusal_bias": 1.5,
@@ -84,8 +88,8 @@ class TuneConfig(BaseModel):
     min_silhouette: float = Field(0.1, description="below it a site keeps one cluster")
     standardize: bool = Field(False, description="cluster on activations standardised over prompts")
 
-    epochs: float = Field(0.55, gt=0, description="passes over the harmful requests")
-    batch_size: int = Field(24, ge=2, description="requests a step, half harmful and half harmless")
+    epochs: float = Field(0.48, gt=0, description="passes over the harmful requests")
+    batch_size: int = Field(16, ge=2, description="requests a step, half harmful and half harmless")
     accumulate: int = Field(1, ge=1, description="parts that a step is computed in; more parts take less memory")
     learning_rate: float = Field(4e-3, gt=0, description="peak rate of AdamW")
     tie_rate: float = Field(
@@ -118,7 +122,7 @@ class TuneConfig(BaseModel):
         0.25, ge=0, le=1, description="share of the training requests in an everyday framing: role, story, rules"
     )
     answer_share: float = Field(
-        0.33, ge=0, le=1, description="share of the answers learned whole; of the others the first token is"
+        1.0, ge=0, le=1, description="share of the answers learned whole; of the others the first token is"
     )
     answer_tokens: int = Field(8, ge=1, description="tokens of the base's own answers to learn from")
 
