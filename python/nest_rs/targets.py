@@ -247,6 +247,8 @@ def own_answers(
 
     Each carries the hidden states it was read from, unless the base's logits are more than its head makes of them.
     """
+    if not prompts:
+        return []
     key = hashlib.sha256(
         "\0".join(
             [base.fingerprint(), str(model.dtype), str(max_new_tokens), *(item.prompt for item in prompts)]
